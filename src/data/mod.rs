@@ -1,0 +1,7 @@
+//! data
+
+pub mod corpus;
+pub mod loader;
+pub mod prepare;
+pub mod sampler;
+pub mod tokenizer;

@@ -1,0 +1,214 @@
+//! Tensors own their numbers; views borrow them. Everything is contiguous and row-major.
+//!
+//! Ops take views, return fresh tensors, and add weight gradients into a `ViewMut`.
+
+use crate::device::Device;
+use crate::device::memory::Buffer;
+use crate::dtype::{Dtype, Stored};
+use crate::shape::Shape;
+use std::ops::Range;
+
+#[derive(Debug)]
+pub struct Tensor {
+    device: Device,
+    buffer: Buffer,
+    shape: Shape,
+    dtype: Dtype,
+}
+
+/// A shaped window into a tensor. `start` counts elements.
+#[derive(Clone, Copy)]
+pub struct View<'a> {
+    device: &'a Device,
+    buffer: &'a Buffer,
+    start: usize,
+    shape: Shape,
+    dtype: Dtype,
+}
+
+pub struct ViewMut<'a> {
+    device: &'a Device,
+    buffer: &'a mut Buffer,
+    start: usize,
+    shape: Shape,
+    dtype: Dtype,
+}
+
+impl Tensor {
+    pub fn from_parts(device: Device, buffer: Buffer, shape: Shape, dtype: Dtype) -> Tensor {
+        Tensor { device, buffer, shape, dtype }
+    }
+
+    /// Copies host numbers to `device`.
+    pub fn from_slice<T: Stored>(device: &Device, shape: impl Into<Shape>, values: &[T]) -> Tensor {
+        let shape = shape.into();
+        assert_eq!(shape.numel(), values.len(), "a {shape} tensor from {} values", values.len());
+        let mut tensor = device.empty(shape, T::DTYPE);
+        if !matches!(device, Device::Dry(_)) {
+            tensor.view_mut().into_slice::<T>().copy_from_slice(values);
+        }
+        tensor
+    }
+
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
+    pub fn shape(&self) -> Shape {
+        self.shape
+    }
+
+    pub fn dtype(&self) -> Dtype {
+        self.dtype
+    }
+
+    pub fn view(&self) -> View<'_> {
+        View { device: &self.device, buffer: &self.buffer, start: 0, shape: self.shape, dtype: self.dtype }
+    }
+
+    pub fn view_mut(&mut self) -> ViewMut<'_> {
+        ViewMut { device: &self.device, buffer: &mut self.buffer, start: 0, shape: self.shape, dtype: self.dtype }
+    }
+
+    /// The same numbers under another shape.
+    pub fn reshape(mut self, shape: impl Into<Shape>) -> Tensor {
+        let shape = shape.into();
+        assert_eq!(self.shape.numel(), shape.numel(), "reshape {} to {shape}", self.shape);
+        self.shape = shape;
+        self
+    }
+
+    /// A copy on the same device.
+    pub fn duplicate(&self) -> Tensor {
+        let mut copy = self.device.empty(self.shape, self.dtype);
+        copy.buffer.bytes_mut().copy_from_slice(self.buffer.bytes());
+        copy
+    }
+
+    /// The numbers on the host.
+    pub fn to_vec<T: Stored>(&self) -> Vec<T> {
+        self.view().to_vec()
+    }
+}
+
+impl<'a> View<'a> {
+    pub fn device(&self) -> &'a Device {
+        self.device
+    }
+
+    pub fn shape(&self) -> Shape {
+        self.shape
+    }
+
+    pub fn dtype(&self) -> Dtype {
+        self.dtype
+    }
+
+    /// The elements `range`, counted within this view, under `shape`.
+    pub fn part(&self, range: Range<usize>, shape: impl Into<Shape>) -> View<'a> {
+        let shape = shape.into();
+        assert!(range.end <= self.shape.numel(), "{range:?} of a view {}", self.shape);
+        assert_eq!(range.len(), shape.numel(), "{range:?} as {shape}");
+        View { start: self.start + range.start, shape, ..*self }
+    }
+
+    /// Rows `rows` of a view seen as a matrix of `shape().columns()` columns.
+    pub fn rows(&self, rows: Range<usize>) -> View<'a> {
+        let columns = self.shape.columns();
+        self.part(rows.start * columns..rows.end * columns, [rows.len(), columns])
+    }
+
+    pub fn reshape(&self, shape: impl Into<Shape>) -> View<'a> {
+        self.part(0..self.shape.numel(), shape)
+    }
+
+    /// The elements as a slice of host memory. Only where the device is the CPU.
+    pub fn slice<T: Stored>(&self) -> &'a [T] {
+        assert_eq!(self.dtype, T::DTYPE, "a slice of another dtype");
+        let bytes = self.start * self.dtype.bytes()..(self.start + self.shape.numel()) * self.dtype.bytes();
+        bytemuck::cast_slice(&self.buffer.bytes()[bytes])
+    }
+
+    pub fn to_vec<T: Stored>(&self) -> Vec<T> {
+        match self.device {
+            Device::Cpu(_) => self.slice::<T>().to_vec(),
+            Device::Dry(_) => vec![T::default(); self.shape.numel()],
+        }
+    }
+}
+
+impl<'a> ViewMut<'a> {
+    pub fn device(&self) -> &'a Device {
+        self.device
+    }
+
+    pub fn shape(&self) -> Shape {
+        self.shape
+    }
+
+    pub fn dtype(&self) -> Dtype {
+        self.dtype
+    }
+
+    pub fn view(&self) -> View<'_> {
+        View { device: self.device, buffer: self.buffer, start: self.start, shape: self.shape, dtype: self.dtype }
+    }
+
+    /// A shorter borrow of the same window.
+    pub fn again(&mut self) -> ViewMut<'_> {
+        ViewMut { device: self.device, buffer: self.buffer, start: self.start, shape: self.shape, dtype: self.dtype }
+    }
+
+    pub fn part(self, range: Range<usize>, shape: impl Into<Shape>) -> ViewMut<'a> {
+        let shape = shape.into();
+        assert!(range.end <= self.shape.numel(), "{range:?} of a view {}", self.shape);
+        assert_eq!(range.len(), shape.numel(), "{range:?} as {shape}");
+        ViewMut { start: self.start + range.start, shape, ..self }
+    }
+
+    pub fn rows(self, rows: Range<usize>) -> ViewMut<'a> {
+        let columns = self.shape.columns();
+        self.part(rows.start * columns..rows.end * columns, [rows.len(), columns])
+    }
+
+    pub fn reshape(self, shape: impl Into<Shape>) -> ViewMut<'a> {
+        let count = self.shape.numel();
+        self.part(0..count, shape)
+    }
+
+    /// The elements as a slice of host memory. Only where the device is the CPU.
+    pub fn into_slice<T: Stored>(self) -> &'a mut [T] {
+        assert_eq!(self.dtype, T::DTYPE, "a slice of another dtype");
+        let bytes = self.start * self.dtype.bytes()..(self.start + self.shape.numel()) * self.dtype.bytes();
+        bytemuck::cast_slice_mut(&mut self.buffer.bytes_mut()[bytes])
+    }
+
+    pub fn slice_mut<T: Stored>(&mut self) -> &mut [T] {
+        self.again().into_slice()
+    }
+
+    pub fn fill_zero(self) {
+        match self.device {
+            Device::Cpu(_) => {
+                let bytes = self.start * self.dtype.bytes()..(self.start + self.shape.numel()) * self.dtype.bytes();
+                self.buffer.bytes_mut()[bytes].fill(0);
+            }
+            Device::Dry(_) => {}
+        }
+    }
+
+    /// Copies `source`, which has the same number of elements of the same dtype.
+    pub fn copy_from(self, source: View<'_>) {
+        assert_eq!(self.dtype, source.dtype, "a copy does not convert");
+        assert_eq!(self.shape.numel(), source.shape.numel(), "copy {} into {}", source.shape, self.shape);
+        match self.device {
+            Device::Cpu(_) => {
+                let size = self.dtype.bytes();
+                let from = source.start * size..(source.start + source.shape.numel()) * size;
+                let to = self.start * size..(self.start + self.shape.numel()) * size;
+                self.buffer.bytes_mut()[to].copy_from_slice(&source.buffer.bytes()[from]);
+            }
+            Device::Dry(_) => {}
+        }
+    }
+}

@@ -1,0 +1,4 @@
+//! launch
+
+pub mod identity;
+pub mod supervisor;

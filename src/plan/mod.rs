@@ -1,0 +1,8 @@
+//! plan
+
+pub mod budget;
+pub mod catalog;
+pub mod layout;
+pub mod mesh;
+pub mod schedule;
+pub mod simulate;
