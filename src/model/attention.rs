@@ -1,1 +1,110 @@
-//! attention
+//! The attention half of a block: norm, q|k|v, rotary positions, causal attention, o, and the residual.
+//!
+//! ```text
+//! normed = norm(x)                       [n, c]
+//! qkv    = rope(normed w_qkv^T + b)      [n, (h + 2 h_kv) d], cut by heads
+//! out    = attention(qkv)                [n, h d]
+//! y      = x + leave(out w_o^T) + b      [n, c]
+//! ```
+
+use crate::device::tensor::{Tensor, View};
+use crate::model::norm::Norm;
+use crate::ops::attention::{self, Heads};
+use crate::ops::{elementwise, matmul, reduce, rope};
+use crate::parallel::flat::{Grads, ParamId, Weights};
+use crate::parallel::tensor_parallel::Region;
+use anyhow::Result;
+
+/// What a batch tells every layer: which rows are a sequence, where each token stands and what it may see.
+#[derive(Clone, Copy)]
+pub struct Tokens<'a> {
+    /// Rows of one sequence.
+    pub t: usize,
+    /// u32 `[n]`
+    pub positions: View<'a>,
+    /// u32 `[n]`: the first position of its sequence that a token may attend to.
+    pub starts: View<'a>,
+    /// f32 `[positions, d]`: cos and sin; none where positions are learned.
+    pub rope: Option<View<'a>>,
+}
+
+pub struct Attention {
+    pub norm: Norm,
+    pub qkv: [ParamId; 3],
+    pub qkv_bias: Option<[ParamId; 3]>,
+    pub o: ParamId,
+    pub o_bias: Option<ParamId>,
+    pub region: Region,
+    /// Heads of this tensor-parallel rank.
+    pub heads: Heads,
+    pub window: Option<usize>,
+}
+
+pub struct Saved {
+    pub x: Tensor,
+    stats: Tensor,
+    /// Dropped by selective recomputation.
+    normed: Option<Tensor>,
+    qkv: Tensor,
+    out: Tensor,
+    lse: Tensor,
+}
+
+impl Saved {
+    /// Lets go of what is cheap to redo.
+    pub fn trim(&mut self) {
+        self.normed = None;
+    }
+}
+
+impl Attention {
+    /// x [n, c] -> y [n, c]
+    pub fn forward(&self, w: Weights<'_>, x: Tensor, tokens: Tokens<'_>) -> Result<(Tensor, Saved)> {
+        let (normed, stats) = self.norm.forward(w, x.view());
+        let normed = self.region.enter(normed)?;
+        let mut qkv = match self.qkv_bias {
+            None => matmul::forward(normed.view(), w.stack(&self.qkv), matmul::WHOLE),
+            Some(bias) => matmul::forward_bias(normed.view(), w.stack(&self.qkv), w.stack(&bias), matmul::WHOLE),
+        };
+        if let Some(table) = tokens.rope {
+            rope::forward(qkv.view_mut(), self.heads.query + self.heads.kv, self.heads.dim, table, tokens.positions);
+        }
+        let (out, lse) = attention::forward(qkv.view(), self.heads, tokens.t, tokens.starts, self.window);
+        let mut y = self.region.leave_matmul(out.view(), w.get(self.o))?;
+        if let Some(bias) = self.o_bias {
+            elementwise::add_row(y.view_mut(), w.get(bias));
+        }
+        elementwise::add(y.view_mut(), x.view());
+        Ok((y, Saved { x, stats, normed: Some(normed), qkv, out, lse }))
+    }
+
+    /// dy [n, c] -> dx [n, c]
+    pub fn backward(&self, w: Weights<'_>, g: &mut Grads<'_>, saved: Saved, dy: Tensor, tokens: Tokens<'_>) -> Result<Tensor> {
+        let Saved { x, stats, normed, qkv, out, lse } = saved;
+        if let Some(bias) = self.o_bias {
+            reduce::sum_rows(g.rows(&[bias]), dy.view(), tokens.t);
+        }
+        matmul::backward_weight(g.get(self.o), dy.view(), out.view(), tokens.t);
+        let dout = matmul::backward_input(dy.view(), w.get(self.o), matmul::WHOLE);
+        let mut dqkv =
+            attention::backward(dout.view(), qkv.view(), out.view(), lse.view(), self.heads, tokens.t, tokens.starts, self.window);
+        drop((dout, qkv, out, lse));
+        if let Some(table) = tokens.rope {
+            rope::backward(dqkv.view_mut(), self.heads.query + self.heads.kv, self.heads.dim, table, tokens.positions);
+        }
+        let normed = match normed {
+            Some(normed) => normed,
+            None => self.region.enter(self.norm.again(w, x.view(), stats.view()))?,
+        };
+        if let Some(bias) = self.qkv_bias {
+            reduce::sum_rows(g.rows(&bias), dqkv.view(), tokens.t);
+        }
+        matmul::backward_weight(g.stack(&self.qkv), dqkv.view(), normed.view(), tokens.t);
+        drop(normed);
+        let dnormed = self.region.enter_backward_matmul(dqkv.view(), w.stack(&self.qkv), &self.qkv.map(|id| w.get(id).shape()[0]))?;
+        drop(dqkv);
+        let mut dx = self.norm.backward(w, g, dnormed.view(), x.view(), stats.view(), tokens.t);
+        elementwise::add(dx.view_mut(), dy.view());
+        Ok(dx)
+    }
+}

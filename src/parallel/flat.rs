@@ -1,1 +1,79 @@
-//! flat
+//! Parameters seen inside the flat buffer of their unit.
+//!
+//! Invariant: a view made here is exactly the parameter's place in the layout; stacked parameters are neighbours without a gap.
+
+use crate::device::tensor::{View, ViewMut};
+use crate::plan::layout::UnitLayout;
+use crate::shape::Shape;
+use std::ops::Range;
+
+/// Index of a parameter within its unit.
+pub type ParamId = usize;
+
+/// The weights of one unit, whole.
+#[derive(Clone, Copy)]
+pub struct Weights<'a> {
+    flat: View<'a>,
+    layout: &'a UnitLayout,
+}
+
+/// The f32 gradients of one unit, to be added to.
+pub struct Grads<'a> {
+    flat: ViewMut<'a>,
+    layout: &'a UnitLayout,
+}
+
+impl<'a> Weights<'a> {
+    pub fn new(flat: View<'a>, layout: &'a UnitLayout) -> Weights<'a> {
+        assert_eq!(flat.shape().numel(), layout.numel, "weights of another layout");
+        Weights { flat, layout }
+    }
+
+    pub fn get(&self, id: ParamId) -> View<'a> {
+        let place = &self.layout.places[id];
+        self.flat.part(place.flat.clone(), Shape::new(&place.dims))
+    }
+
+    /// Neighbouring matrices (or vectors) as one taller one.
+    pub fn stack(&self, ids: &[ParamId]) -> View<'a> {
+        let (range, shape) = stacked(self.layout, ids);
+        self.flat.part(range, shape)
+    }
+}
+
+impl<'a> Grads<'a> {
+    pub fn new(flat: ViewMut<'a>, layout: &'a UnitLayout) -> Grads<'a> {
+        assert_eq!(flat.shape().numel(), layout.numel, "gradients of another layout");
+        Grads { flat, layout }
+    }
+
+    pub fn get(&mut self, id: ParamId) -> ViewMut<'_> {
+        let place = &self.layout.places[id];
+        self.flat.again().part(place.flat.clone(), Shape::new(&place.dims))
+    }
+
+    pub fn stack(&mut self, ids: &[ParamId]) -> ViewMut<'_> {
+        let (range, shape) = stacked(self.layout, ids);
+        self.flat.again().part(range, shape)
+    }
+
+    /// Gradients of a vector that is a sum over rows of the stream: `[chunks, c]`, a row for each virtual shard of the rows.
+    pub fn rows(&mut self, ids: &[ParamId]) -> ViewMut<'_> {
+        let (range, shape) = stacked(self.layout, ids);
+        self.flat.again().part(range, [1, shape.numel()])
+    }
+}
+
+fn stacked(layout: &UnitLayout, ids: &[ParamId]) -> (Range<usize>, Shape) {
+    let first = &layout.places[ids[0]];
+    let mut end = first.flat.start;
+    for &id in ids {
+        let place = &layout.places[id];
+        assert_eq!(place.flat.start, end, "{} does not follow its neighbour", place.entry.role);
+        assert_eq!(place.dims[1..], first.dims[1..], "{} has other columns", place.entry.role);
+        end = place.flat.end;
+    }
+    let rows = ids.iter().map(|&id| layout.places[id].dims[0]).sum();
+    let shape = if first.dims.len() == 1 { Shape::new(&[rows]) } else { Shape::new(&[rows, first.dims[1]]) };
+    (first.flat.start..end, shape)
+}

@@ -1,7 +1,11 @@
 //! How the parameters of a unit lie in a flat buffer, and which boxes of which public tensors a range of it holds.
 //!
+//! A unit's matrices come first and its vectors after them, so that what decays is usually one range; within each group the order
+//! is the catalog's, without gaps, so that neighbours can be seen as one taller matrix. The end is padded to a multiple of `align`.
+//!
 //! Invariant: the pieces of all ranks tile every public tensor exactly once.
 
+use crate::plan::catalog::{Cut, Entry, Unit};
 use std::ops::Range;
 
 /// A box of a public tensor, and the run of a flat buffer that holds its numbers.
@@ -21,4 +25,175 @@ pub struct Piece {
     pub transposed: bool,
     /// Elements of the flat buffer, as many as the box has.
     pub flat: Range<usize>,
+}
+
+/// The part of the canonical shards that one tensor-parallel rank owns.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Share {
+    /// Virtual shards of the run's geometry.
+    pub shards: usize,
+    /// The tensor-parallel rank and its group's size, which divides `shards`.
+    pub rank: usize,
+    pub size: usize,
+}
+
+impl Share {
+    pub const WHOLE: Share = Share { shards: 1, rank: 0, size: 1 };
+
+    /// Virtual shards that this rank owns.
+    pub fn local(&self) -> usize {
+        self.shards / self.size
+    }
+
+    /// Which of `length` rows, columns or ids this rank owns. Every virtual shard has `length / shards` of them, rounded up, so
+    /// that the last ones may have fewer.
+    pub fn range(&self, length: usize) -> Range<usize> {
+        let width = self.width(length);
+        let at = |shard: usize| (shard * width).min(length);
+        at(self.rank * self.local())..at((self.rank + 1) * self.local())
+    }
+
+    /// How many of `length` one virtual shard has.
+    pub fn width(&self, length: usize) -> usize {
+        length.div_ceil(self.shards)
+    }
+}
+
+/// One parameter's place.
+#[derive(Clone, Debug)]
+pub struct Place {
+    pub entry: Entry,
+    /// Where the local part begins in the whole parameter (ours: rows, columns).
+    pub start: [usize; 2],
+    /// Dims of the local part: `[rows, columns]`, or `[length]` of a vector.
+    pub dims: Vec<usize>,
+    /// Elements of the flat buffer.
+    pub flat: Range<usize>,
+}
+
+/// The flat buffer of one unit on one tensor-parallel rank.
+#[derive(Clone, Debug)]
+pub struct UnitLayout {
+    pub places: Vec<Place>,
+    /// Elements that hold parameters; the rest is padding.
+    pub used: usize,
+    /// Elements in all, a multiple of `align`.
+    pub numel: usize,
+    tensor_rank: usize,
+}
+
+impl UnitLayout {
+    pub fn new(unit: &Unit, share: Share, align: usize) -> UnitLayout {
+        let (matrices, vectors): (Vec<&Entry>, Vec<&Entry>) = unit.entries.iter().partition(|entry| entry.dims.len() == 2);
+        let mut places: Vec<Place> = Vec::new();
+        for entry in matrices.into_iter().chain(vectors) {
+            let next = places.last().map_or(0, |place| place.flat.end);
+            places.push(Place::new(entry, share, next));
+        }
+        let used = places.last().map_or(0, |place| place.flat.end);
+        UnitLayout { places, used, numel: used.next_multiple_of(align), tensor_rank: share.rank }
+    }
+
+    /// The index of the parameter with this role.
+    pub fn find(&self, role: &str) -> usize {
+        self.places.iter().position(|place| place.entry.role == role).unwrap_or_else(|| panic!("the catalog has no {role} in this unit"))
+    }
+
+    /// The boxes that the elements `range` hold, in order.
+    pub fn pieces(&self, range: Range<usize>) -> Vec<Piece> {
+        let mut pieces = Vec::new();
+        for place in &self.places {
+            let (from, to) = (range.start.max(place.flat.start), range.end.min(place.flat.end));
+            if from < to {
+                place.push_boxes(from..to, &mut pieces);
+            }
+        }
+        pieces
+    }
+
+    /// The boxes of `range` that this rank answers for: of a parameter that all tensor-parallel ranks hold, only the first's count.
+    pub fn pieces_owned(&self, range: Range<usize>) -> Vec<Piece> {
+        let mut pieces = Vec::new();
+        for counted in self.counted(range) {
+            pieces.extend(self.pieces(counted));
+        }
+        pieces
+    }
+
+    /// The parts of `range` that hold parameters this rank answers for, merged where they touch: each parameter of the model is
+    /// counted on exactly one tensor-parallel rank.
+    pub fn counted(&self, range: Range<usize>) -> Vec<Range<usize>> {
+        let mut parts: Vec<Range<usize>> = Vec::new();
+        for place in self.places.iter().filter(|place| place.entry.cut != Cut::Whole || self.tensor_rank == 0) {
+            let part = range.start.max(place.flat.start)..range.end.min(place.flat.end);
+            if part.is_empty() {
+                continue;
+            }
+            match parts.last_mut() {
+                Some(last) if last.end == part.start => last.end = part.end,
+                _ => parts.push(part),
+            }
+        }
+        parts
+    }
+
+    /// `range` cut where what decays meets what does not, with "decays". Padding does not.
+    pub fn decay_ranges(&self, range: Range<usize>) -> Vec<(Range<usize>, bool)> {
+        let mut parts: Vec<(Range<usize>, bool)> = Vec::new();
+        let padding = (self.used..self.numel, false);
+        for (flat, decays) in self.places.iter().map(|place| (place.flat.clone(), place.entry.decay)).chain([padding]) {
+            let part = range.start.max(flat.start)..range.end.min(flat.end);
+            match parts.last_mut() {
+                _ if part.is_empty() => {}
+                Some((last, same)) if *same == decays => last.end = part.end,
+                _ => parts.push((part, decays)),
+            }
+        }
+        parts
+    }
+}
+
+impl Place {
+    fn new(entry: &Entry, share: Share, at: usize) -> Place {
+        let mut dims = entry.dims.clone();
+        let mut start = [0, 0];
+        if let Some(dim) = match entry.cut {
+            Cut::Whole => None,
+            Cut::Rows => Some(0),
+            Cut::Columns => Some(1),
+        } {
+            let range = share.range(dims[dim]);
+            start[dim] = range.start;
+            dims[dim] = range.len();
+        }
+        let numel: usize = dims.iter().product();
+        Place { entry: entry.clone(), start, dims, flat: at..at + numel }
+    }
+
+    /// A run of a row-major matrix is at most three boxes: the end of a row, whole rows, the beginning of a row.
+    fn push_boxes(&self, run: Range<usize>, pieces: &mut Vec<Piece>) {
+        let columns = *self.dims.last().expect("a parameter has dims");
+        let mut at = run.start;
+        while at < run.end {
+            let (row, column) = ((at - self.flat.start) / columns, (at - self.flat.start) % columns);
+            let left = run.end - at;
+            let (rows, width) = if column == 0 && left >= columns { (left / columns, columns) } else { (1, left.min(columns - column)) };
+            pieces.push(self.piece(row, column, rows, width, at));
+            at += rows * width;
+        }
+    }
+
+    fn piece(&self, row: usize, column: usize, rows: usize, width: usize, at: usize) -> Piece {
+        let entry = &self.entry;
+        let flat = at..at + rows * width;
+        let (start, size) = if self.dims.len() == 1 {
+            (vec![self.start[0] + column], vec![width])
+        } else if entry.transposed {
+            (vec![self.start[1] + column, self.start[0] + row], vec![width, rows])
+        } else {
+            (vec![self.start[0] + row, self.start[1] + column], vec![rows, width])
+        };
+        let start = start.iter().zip(&entry.public_start).map(|(a, b)| a + b).collect();
+        Piece { name: entry.name.clone(), shape: entry.public_shape.clone(), start, size, transposed: entry.transposed, flat }
+    }
 }
