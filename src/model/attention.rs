@@ -14,6 +14,7 @@ use crate::ops::{elementwise, matmul, reduce, rope};
 use crate::parallel::flat::{Grads, ParamId, Weights};
 use crate::parallel::tensor_parallel::Region;
 use anyhow::Result;
+use std::sync::Arc;
 
 /// What a batch tells every layer: which rows are a sequence, where each token stands and what it may see.
 #[derive(Clone, Copy)]
@@ -44,9 +45,9 @@ pub struct Saved {
     pub x: Tensor,
     stats: Tensor,
     /// Dropped by selective recomputation.
-    normed: Option<Tensor>,
+    normed: Option<Arc<Tensor>>,
     qkv: Tensor,
-    out: Tensor,
+    out: Arc<Tensor>,
     lse: Tensor,
 }
 
@@ -75,35 +76,36 @@ impl Attention {
             elementwise::add_row(y.view_mut(), w.get(bias));
         }
         elementwise::add(y.view_mut(), x.view());
-        Ok((y, Saved { x, stats, normed: Some(normed), qkv, out, lse }))
+        Ok((y, Saved { x, stats, normed: Some(Arc::new(normed)), qkv, out: Arc::new(out), lse }))
     }
 
     /// dy [n, c] -> dx [n, c]
-    pub fn backward(&self, w: Weights<'_>, g: &mut Grads<'_>, saved: Saved, dy: Tensor, tokens: Tokens<'_>) -> Result<Tensor> {
+    pub fn backward(&self, w: Weights<'_>, g: &mut Grads<'_>, saved: Saved, dy: Arc<Tensor>, tokens: Tokens<'_>) -> Result<Tensor> {
         let Saved { x, stats, normed, qkv, out, lse } = saved;
+        let (t, rotated) = (tokens.t, self.heads.query + self.heads.kv);
         if let Some(bias) = self.o_bias {
-            reduce::sum_rows(g.rows(&[bias]), dy.view(), tokens.t);
+            reduce::sum_rows(g.rows(&[bias]), dy.view(), t);
         }
-        matmul::backward_weight(g.get(self.o), dy.view(), out.view(), tokens.t);
+        g.matrices(&[self.o], &dy, &out, t);
         let dout = matmul::backward_input(dy.view(), w.get(self.o), matmul::WHOLE);
-        let mut dqkv =
-            attention::backward(dout.view(), qkv.view(), out.view(), lse.view(), self.heads, tokens.t, tokens.starts, self.window);
+        let mut dqkv = attention::backward(dout.view(), qkv.view(), out.view(), lse.view(), self.heads, t, tokens.starts, self.window);
         drop((dout, qkv, out, lse));
         if let Some(table) = tokens.rope {
-            rope::backward(dqkv.view_mut(), self.heads.query + self.heads.kv, self.heads.dim, table, tokens.positions);
+            rope::backward(dqkv.view_mut(), rotated, self.heads.dim, table, tokens.positions);
+        }
+        if let Some(bias) = self.qkv_bias {
+            reduce::sum_rows(g.rows(&bias), dqkv.view(), t);
         }
         let normed = match normed {
             Some(normed) => normed,
-            None => self.region.enter(self.norm.again(w, x.view(), stats.view()))?,
+            None => Arc::new(self.region.enter(self.norm.again(w, x.view(), stats.view()))?),
         };
-        if let Some(bias) = self.qkv_bias {
-            reduce::sum_rows(g.rows(&bias), dqkv.view(), tokens.t);
-        }
-        matmul::backward_weight(g.stack(&self.qkv), dqkv.view(), normed.view(), tokens.t);
+        let dqkv = Arc::new(dqkv);
+        g.matrices(&self.qkv, &dqkv, &normed, t);
         drop(normed);
         let dnormed = self.region.enter_backward_matmul(dqkv.view(), w.stack(&self.qkv), &self.qkv.map(|id| w.get(id).shape()[0]))?;
         drop(dqkv);
-        let mut dx = self.norm.backward(w, g, dnormed.view(), x.view(), stats.view(), tokens.t);
+        let mut dx = self.norm.backward(w, g, dnormed.view(), x.view(), stats.view(), t);
         elementwise::add(dx.view_mut(), dy.view());
         Ok(dx)
     }

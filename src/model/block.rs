@@ -6,6 +6,7 @@ use crate::model::attention::{self, Attention, Tokens};
 use crate::model::mlp::{self, Mlp};
 use crate::parallel::flat::{Grads, Weights};
 use anyhow::Result;
+use std::sync::Arc;
 
 pub struct Block {
     /// The unit of this rank that holds the block's parameters.
@@ -49,8 +50,8 @@ impl Block {
             Kept::All(saved) => *saved,
             Kept::Input(x) => self.run(w, x, tokens)?.1,
         };
-        let dy = self.mlp.backward(w, g, saved.mlp, dy, tokens.t)?;
-        self.attention.backward(w, g, saved.attention, dy, tokens)
+        let dy = self.mlp.backward(w, g, saved.mlp, Arc::new(dy), tokens.t)?;
+        self.attention.backward(w, g, saved.attention, Arc::new(dy), tokens)
     }
 
     fn run(&self, w: Weights<'_>, x: Tensor, tokens: Tokens<'_>) -> Result<(Tensor, Saved)> {

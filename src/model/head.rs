@@ -1,1 +1,99 @@
-//! head
+//! The end of the chain: last norm, logits, cross-entropy.
+//!
+//! In training the head runs forward and backward in one go, a piece of a sequence at a time: the logits of one piece are all that
+//! ever exist. `[rows, v]` logits become their own gradients in place.
+//!
+//! Invariant: a piece is `ROWS` rows of one sequence counted from its start, so the sums do not depend on how sequences are grouped.
+
+use crate::device::tensor::{Tensor, View};
+use crate::dtype::Dtype;
+use crate::model::norm::Norm;
+use crate::ops::{cross_entropy, matmul};
+use crate::parallel::flat::{Grads, ParamId, Weights};
+use crate::parallel::tensor_parallel::Region;
+use anyhow::Result;
+use std::ops::Range;
+
+/// Rows whose logits exist at a time: enough to keep the matmuls busy, few enough to keep 128k-word vocabularies small.
+const ROWS: usize = 1024;
+
+pub struct Head {
+    /// The unit of the last norm.
+    pub norm_unit: usize,
+    pub norm: Norm,
+    /// The unit of the output matrix.
+    pub unit: usize,
+    pub table: ParamId,
+    pub region: Region,
+    /// The first token id whose logit this rank computes.
+    pub first: usize,
+    /// Ids in one virtual shard of the vocabulary.
+    pub width: usize,
+}
+
+impl Head {
+    /// The norm before the logits: x [n, c] -> normed [n, c], statistics.
+    pub fn norm(&self, w: Weights<'_>, x: View<'_>) -> Result<(Tensor, Tensor)> {
+        let (normed, stats) = self.norm.forward(w, x);
+        Ok((self.region.enter(normed)?, stats))
+    }
+
+    /// The loss of every row, f32 [n], and nothing else.
+    pub fn losses(&self, w: Weights<'_>, normed: View<'_>, targets: View<'_>, t: usize) -> Result<Tensor> {
+        let mut losses = normed.device().empty([normed.shape().rows()], Dtype::F32);
+        for rows in pieces(normed.shape().rows(), t) {
+            let targets = targets.part(rows.clone(), [rows.len()]);
+            let logits = self.logits(w, normed.rows(rows.clone()));
+            let (_, sums) = self.sums(logits.view(), targets)?;
+            let piece = cross_entropy::losses(sums.view(), targets);
+            losses.view_mut().part(rows.clone(), [rows.len()]).copy_from(piece.view());
+        }
+        Ok(losses)
+    }
+
+    /// The loss of every row, f32 [n], and its gradient times `scale` with respect to `normed`; the output matrix's is added to `g`.
+    pub fn losses_and_gradient(
+        &self,
+        w: Weights<'_>,
+        g: &mut Grads<'_>,
+        normed: View<'_>,
+        targets: View<'_>,
+        t: usize,
+        scale: f32,
+    ) -> Result<(Tensor, Tensor)> {
+        let device = normed.device();
+        let mut losses = device.empty([normed.shape().rows()], Dtype::F32);
+        let mut dnormed = device.empty(normed.shape(), normed.dtype());
+        for rows in pieces(normed.shape().rows(), t) {
+            let targets = targets.part(rows.clone(), [rows.len()]);
+            let mut logits = self.logits(w, normed.rows(rows.clone()));
+            let (max, sums) = self.sums(logits.view(), targets)?;
+            let piece = cross_entropy::losses(sums.view(), targets);
+            losses.view_mut().part(rows.clone(), [rows.len()]).copy_from(piece.view());
+            cross_entropy::finish(logits.view_mut(), max.view(), sums.view(), targets, self.first, scale);
+            matmul::backward_weight(g.get(self.table), logits.view(), normed.rows(rows.clone()), rows.len());
+            let piece = self.region.enter_backward_matmul(logits.view(), w.get(self.table), &[logits.shape().columns()])?;
+            dnormed.view_mut().rows(rows).copy_from(piece.view());
+        }
+        Ok((losses, dnormed))
+    }
+
+    /// normed [n, c] -> this rank's logits [n, v_tp]
+    pub fn logits(&self, w: Weights<'_>, normed: View<'_>) -> Tensor {
+        matmul::forward(normed, w.get(self.table), matmul::WHOLE)
+    }
+
+    /// The maximum of each row, and what its softmax needs, over the whole vocabulary.
+    fn sums(&self, logits: View<'_>, targets: View<'_>) -> Result<(Tensor, Tensor)> {
+        let max = self.region.max(cross_entropy::row_max(logits))?;
+        let sums = self.region.sum(cross_entropy::sums(logits, max.view(), targets, self.first, self.width))?;
+        Ok((max, sums))
+    }
+}
+
+/// The rows of each piece, sequence after sequence.
+fn pieces(n: usize, t: usize) -> impl Iterator<Item = Range<usize>> {
+    (0..n / t).flat_map(move |sequence| {
+        (0..t.div_ceil(ROWS)).map(move |piece| sequence * t + piece * ROWS..sequence * t + ((piece + 1) * ROWS).min(t))
+    })
+}

@@ -13,6 +13,7 @@ use crate::ops::{activation, elementwise, matmul, reduce};
 use crate::parallel::flat::{Grads, ParamId, Weights};
 use crate::parallel::tensor_parallel::Region;
 use anyhow::Result;
+use std::sync::Arc;
 
 pub enum Activation {
     SwiGlu,
@@ -34,9 +35,9 @@ pub struct Saved {
     x: Tensor,
     stats: Tensor,
     /// Dropped by selective recomputation, as is `hidden`.
-    normed: Option<Tensor>,
+    normed: Option<Arc<Tensor>>,
     wide: Tensor,
-    hidden: Option<Tensor>,
+    hidden: Option<Arc<Tensor>>,
 }
 
 impl Saved {
@@ -62,17 +63,17 @@ impl Mlp {
             elementwise::add_row(y.view_mut(), w.get(bias));
         }
         elementwise::add(y.view_mut(), x.view());
-        Ok((y, Saved { x, stats, normed: Some(normed), wide, hidden: Some(hidden) }))
+        Ok((y, Saved { x, stats, normed: Some(Arc::new(normed)), wide, hidden: Some(Arc::new(hidden)) }))
     }
 
     /// dy [n, c] -> dx [n, c]. `t`: rows of one sequence.
-    pub fn backward(&self, w: Weights<'_>, g: &mut Grads<'_>, saved: Saved, dy: Tensor, t: usize) -> Result<Tensor> {
+    pub fn backward(&self, w: Weights<'_>, g: &mut Grads<'_>, saved: Saved, dy: Arc<Tensor>, t: usize) -> Result<Tensor> {
         let Saved { x, stats, normed, wide, hidden } = saved;
-        let hidden = hidden.unwrap_or_else(|| self.activate(wide.view()));
         if let Some(bias) = self.down_bias {
             reduce::sum_rows(g.rows(&[bias]), dy.view(), t);
         }
-        matmul::backward_weight(g.get(self.down), dy.view(), hidden.view(), t);
+        let hidden = hidden.unwrap_or_else(|| Arc::new(self.activate(wide.view())));
+        g.matrices(&[self.down], &dy, &hidden, t);
         drop(hidden);
         let dhidden = matmul::backward_input(dy.view(), w.get(self.down), matmul::WHOLE);
         let dwide = match self.activation {
@@ -80,14 +81,15 @@ impl Mlp {
             Activation::Gelu => activation::gelu_backward(dhidden.view(), wide.view()),
         };
         drop((dhidden, wide));
-        let normed = match normed {
-            Some(normed) => normed,
-            None => self.region.enter(self.norm.again(w, x.view(), stats.view()))?,
-        };
         if let Some(bias) = self.wide_bias {
             reduce::sum_rows(g.rows(&[bias]), dwide.view(), t);
         }
-        matmul::backward_weight(g.stack(&self.wide), dwide.view(), normed.view(), t);
+        let normed = match normed {
+            Some(normed) => normed,
+            None => Arc::new(self.region.enter(self.norm.again(w, x.view(), stats.view()))?),
+        };
+        let dwide = Arc::new(dwide);
+        g.matrices(&self.wide, &dwide, &normed, t);
         drop(normed);
         let rows: Vec<usize> = self.wide.iter().map(|&id| w.get(id).shape()[0]).collect();
         let dnormed = self.region.enter_backward_matmul(dwide.view(), w.stack(&self.wide), &rows)?;

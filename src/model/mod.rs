@@ -6,6 +6,7 @@
 pub mod attention;
 pub mod block;
 pub mod embedding;
+pub mod family;
 pub mod head;
 pub mod init;
 pub mod mlp;

@@ -1,1 +1,325 @@
-//! stage
+//! The part of a model that one rank holds: its chunks of blocks, and the ends of the chain where they are here.
+//!
+//! Invariant: what a forward keeps, its backward takes; after a step nothing is kept.
+
+use crate::comm::groups::Groups;
+use crate::data::loader::Batch;
+use crate::device::Device;
+use crate::device::tensor::{Tensor, View};
+use crate::dtype::Dtype;
+use crate::model::attention::Tokens;
+use crate::model::block::{Block, Kept};
+use crate::model::embedding::{Embedding, Positions};
+use crate::model::family;
+use crate::model::head::Head;
+use crate::ops::reduce::LossSum;
+use crate::parallel::flat::Deferred;
+use crate::parallel::pipeline;
+use crate::parallel::tensor_parallel::Region;
+use crate::parallel::zero::{Settings, Zero};
+use crate::plan::schedule::Slot;
+use crate::plan::{Plan, RankPlan};
+use anyhow::Result;
+use std::collections::HashMap;
+
+pub struct Stage {
+    pub zero: Zero,
+    device: Device,
+    embedding: Option<Embedding>,
+    positions: Option<Positions>,
+    chunks: Vec<Vec<Block>>,
+    head: Option<Head>,
+    /// f32 `[positions, d]`, where the family rotates.
+    rope: Option<Tensor>,
+    /// Rows of one sequence, and width of the residual stream.
+    t: usize,
+    hidden: usize,
+    micro_rows: usize,
+    dtype: Dtype,
+    micros_per_lane: usize,
+    last_chunk: usize,
+    now: Step,
+}
+
+/// What belongs to the step under way.
+#[derive(Default)]
+struct Step {
+    micros: Vec<MicroBatch>,
+    /// Multiplies every gradient: loss scale over valid tokens.
+    scale: f32,
+    loss: LossSum,
+    /// Forward only: nothing is kept.
+    evaluating: bool,
+    kept: HashMap<Slot, Vec<Kept>>,
+    /// The last stage's output, whose loss is computed when its backward begins.
+    outputs: HashMap<Slot, Tensor>,
+    deferred: HashMap<Slot, Vec<(usize, Vec<Deferred>)>>,
+}
+
+/// What follows when a backward pass has added a unit's gradients.
+#[derive(Clone, Copy)]
+enum Finish {
+    Now { reduce: bool },
+    /// The matrices' gradients come with `backward_weight`, and all else after them.
+    Later,
+}
+
+/// One micro-batch on the device: u32 `[n]` each.
+struct MicroBatch {
+    inputs: Tensor,
+    targets: Tensor,
+    positions: Tensor,
+    starts: Tensor,
+}
+
+impl Stage {
+    /// Weights and moments are zero until they are initialised or loaded.
+    pub fn new(plan: &Plan, rank: &RankPlan, device: &Device, groups: &Groups) -> Result<Stage> {
+        let settings = Settings {
+            stage: plan.zero,
+            dtype: plan.dtype,
+            lanes: rank.lanes,
+            speaks: rank.at.replicate == 0 && (plan.zero >= 1 || rank.at.shard == 0),
+        };
+        let units = rank.units.iter().map(|(unit, layout)| (plan.units[*unit].kind, layout.clone())).collect();
+        let zero = Zero::new(device, settings, units, groups.shard.clone(), groups.replica.clone())?;
+        let region = Region::new(groups.tp.clone(), rank.share);
+        let parts = family::parts(plan, rank, &region);
+        let rope = family::rope_table(&plan.model, plan.t, device);
+        Ok(Stage {
+            zero,
+            device: device.clone(),
+            embedding: parts.embedding,
+            positions: parts.positions,
+            chunks: parts.chunks,
+            head: parts.head,
+            rope,
+            t: plan.t,
+            hidden: plan.model.hidden_size,
+            micro_rows: plan.micro_rows(),
+            dtype: plan.dtype,
+            micros_per_lane: rank.micros_per_lane,
+            last_chunk: rank.chunks.len() - 1,
+            now: Step::default(),
+        })
+    }
+
+    /// Takes this rank's rows of a step. Every gradient of the step is multiplied with `scale`.
+    pub fn begin(&mut self, batch: &Batch, scale: f32) {
+        self.now = Step { micros: self.upload(batch), scale, ..Step::default() };
+    }
+
+    /// Takes rows to be measured and not learnt from.
+    pub fn begin_evaluation(&mut self, batch: &Batch) {
+        self.now = Step { micros: self.upload(batch), evaluating: true, ..Step::default() };
+    }
+
+    /// The sum of the losses of all tokens that the step has met on this rank.
+    pub fn loss(&self) -> &LossSum {
+        &self.now.loss
+    }
+
+    /// Logits `[n, v]` of a few sequences of `t` tokens on a model that is whole on this rank.
+    pub fn logits(&mut self, batch: &Batch) -> Result<Vec<f32>> {
+        let all = std::mem::replace(&mut self.micro_rows, batch.inputs.len());
+        self.begin_evaluation(batch);
+        self.micro_rows = all;
+        let x = self.run_blocks(Slot { chunk: 0, micro: 0 }, None)?;
+        let head = self.head.as_ref().expect("the whole model is here");
+        let (normed, _) = head.norm(self.zero.weights(head.norm_unit)?, x.view())?;
+        let logits = head.logits(self.zero.weights(head.unit)?, normed.view());
+        let mut wide = self.device.empty(logits.shape(), Dtype::F32);
+        crate::ops::elementwise::cast(wide.view_mut(), logits.view());
+        Ok(wide.to_vec())
+    }
+
+    fn upload(&self, batch: &Batch) -> Vec<MicroBatch> {
+        let n = self.micro_rows;
+        let part = |values: &[u32], i: usize| Tensor::from_slice(&self.device, [n], &values[i * n..(i + 1) * n]);
+        let micro = |i| MicroBatch {
+            inputs: part(&batch.inputs, i),
+            targets: part(&batch.targets, i),
+            positions: part(&batch.positions, i),
+            starts: part(&batch.starts, i),
+        };
+        assert_eq!(batch.inputs.len() % n, 0, "a batch is whole micro-batches");
+        (0..batch.inputs.len() / n).map(micro).collect()
+    }
+
+    fn is_first(&self, chunk: usize) -> bool {
+        chunk == 0 && self.embedding.is_some()
+    }
+
+    fn is_last(&self, chunk: usize) -> bool {
+        chunk == self.last_chunk && self.head.is_some()
+    }
+
+    /// From the stage's input to what its last block puts out.
+    fn run_blocks(&mut self, slot: Slot, x: Option<Tensor>) -> Result<Tensor> {
+        let micro = &self.now.micros[slot.micro];
+        let tokens = tokens(micro, &self.rope, self.t);
+        let mut x = match x {
+            Some(x) => x,
+            None => {
+                let embedding = self.embedding.as_ref().expect("the first stage has the embedding");
+                let mut x = embedding.forward(self.zero.weights(embedding.unit)?, micro.inputs.view())?;
+                self.zero.release(embedding.unit);
+                if let Some(positions) = &self.positions {
+                    positions.forward(self.zero.weights(positions.unit)?, &mut x, micro.positions.view());
+                    self.zero.release(positions.unit);
+                }
+                x
+            }
+        };
+        let mut kept = Vec::new();
+        for block in &self.chunks[slot.chunk] {
+            let (y, k) = block.forward(self.zero.weights(block.unit)?, x, tokens)?;
+            self.zero.release(block.unit);
+            if !self.now.evaluating {
+                kept.push(k);
+            }
+            x = y;
+        }
+        if !self.now.evaluating {
+            self.now.kept.insert(slot, kept);
+        }
+        Ok(x)
+    }
+
+    fn evaluate(&mut self, slot: Slot, x: Tensor) -> Result<()> {
+        let head = self.head.as_ref().expect("the last stage has the head");
+        let targets = self.now.micros[slot.micro].targets.view();
+        let (normed, _) = head.norm(self.zero.weights(head.norm_unit)?, x.view())?;
+        let losses = head.losses(self.zero.weights(head.unit)?, normed.view(), targets, self.t)?;
+        self.zero.release(head.norm_unit);
+        self.zero.release(head.unit);
+        self.now.loss.add(losses.view());
+        Ok(())
+    }
+
+    /// The loss of the last stage's output, and where it pulls that output.
+    fn backward_head(&mut self, slot: Slot, finish: Finish) -> Result<Tensor> {
+        let x = self.now.outputs.remove(&slot).expect("forward before backward");
+        let head = self.head.as_ref().expect("the last stage has the head");
+        let targets = self.now.micros[slot.micro].targets.view();
+        let (normed, stats) = head.norm(self.zero.weights(head.norm_unit)?, x.view())?;
+        let (w, mut g) = self.zero.weights_and_grads(head.unit)?;
+        let (losses, dnormed) = head.losses_and_gradient(w, &mut g, normed.view(), targets, self.t, self.now.scale)?;
+        drop(normed);
+        self.now.loss.add(losses.view());
+        let (w, mut g) = self.zero.weights_and_grads(head.norm_unit)?;
+        let dx = head.norm.backward(w, &mut g, dnormed.view(), x.view(), stats.view(), self.t);
+        let (unit, norm_unit) = (head.unit, head.norm_unit);
+        self.added(unit, slot, finish, Vec::new())?;
+        self.added(norm_unit, slot, finish, Vec::new())?;
+        Ok(dx)
+    }
+
+    fn backward_embedding(&mut self, slot: Slot, dx: View<'_>, finish: Finish) -> Result<()> {
+        let micro = &self.now.micros[slot.micro];
+        if let Some(positions) = &self.positions {
+            let (_, mut g) = self.zero.weights_and_grads(positions.unit)?;
+            positions.backward(&mut g, dx, micro.positions.view());
+        }
+        let embedding = self.embedding.as_ref().expect("the first stage has the embedding");
+        let (_, mut g) = self.zero.weights_and_grads(embedding.unit)?;
+        embedding.backward(&mut g, dx, micro.inputs.view());
+        let units = [self.positions.as_ref().map(|positions| positions.unit), Some(embedding.unit)];
+        for unit in units.into_iter().flatten() {
+            self.added(unit, slot, finish, Vec::new())?;
+        }
+        Ok(())
+    }
+
+    /// A backward pass is through with `unit`.
+    fn added(&mut self, unit: usize, slot: Slot, finish: Finish, deferred: Vec<Deferred>) -> Result<()> {
+        match finish {
+            Finish::Now { reduce } => self.done(unit, slot.micro, reduce),
+            Finish::Later => {
+                self.zero.release(unit);
+                self.now.deferred.entry(slot).or_default().push((unit, deferred));
+                Ok(())
+            }
+        }
+    }
+
+    /// This micro-batch's gradients of `unit` are added.
+    fn done(&mut self, unit: usize, micro: usize, reduce: bool) -> Result<()> {
+        self.zero.release(unit);
+        if (micro + 1).is_multiple_of(self.micros_per_lane) {
+            self.zero.end_lane(unit);
+        }
+        if reduce { self.zero.reduce(unit) } else { Ok(()) }
+    }
+
+    fn backward_blocks(&mut self, slot: Slot, mut dy: Tensor, finish: Finish) -> Result<Tensor> {
+        let mut kept = self.now.kept.remove(&slot).expect("forward before backward");
+        for index in (0..self.chunks[slot.chunk].len()).rev() {
+            let block = &self.chunks[slot.chunk][index];
+            let unit = block.unit;
+            let tokens = tokens(&self.now.micros[slot.micro], &self.rope, self.t);
+            let (w, mut g) = self.zero.weights_and_grads(unit)?;
+            let kept = kept.pop().expect("one for each block");
+            let mut deferred = Vec::new();
+            if let Finish::Later = finish {
+                g = g.deferring(&mut deferred);
+            }
+            dy = block.backward(w, &mut g, kept, dy, tokens)?;
+            self.added(unit, slot, finish, deferred)?;
+        }
+        Ok(dy)
+    }
+
+    fn backward_chunk(&mut self, slot: Slot, dy: Option<Tensor>, finish: Finish) -> Result<Option<Tensor>> {
+        let dy = match dy {
+            Some(dy) => dy,
+            None => self.backward_head(slot, finish)?,
+        };
+        let dx = self.backward_blocks(slot, dy, finish)?;
+        if self.is_first(slot.chunk) {
+            self.backward_embedding(slot, dx.view(), finish)?;
+            return Ok(None);
+        }
+        Ok(Some(dx))
+    }
+}
+
+impl pipeline::Stage for Stage {
+    fn forward(&mut self, slot: Slot, x: Option<Tensor>) -> Result<Option<Tensor>> {
+        let y = self.run_blocks(slot, x)?;
+        if !self.is_last(slot.chunk) {
+            return Ok(Some(y));
+        }
+        if self.now.evaluating {
+            self.evaluate(slot, y)?;
+        } else {
+            self.now.outputs.insert(slot, y);
+        }
+        Ok(None)
+    }
+
+    fn backward(&mut self, slot: Slot, dy: Option<Tensor>, reduce: bool) -> Result<Option<Tensor>> {
+        self.backward_chunk(slot, dy, Finish::Now { reduce })
+    }
+
+    fn backward_input(&mut self, slot: Slot, dy: Option<Tensor>) -> Result<Option<Tensor>> {
+        self.backward_chunk(slot, dy, Finish::Later)
+    }
+
+    fn backward_weight(&mut self, slot: Slot, reduce: bool) -> Result<()> {
+        for (unit, list) in self.now.deferred.remove(&slot).expect("the input's gradient before the weights'") {
+            let (_, mut g) = self.zero.weights_and_grads(unit)?;
+            g.catch_up(list);
+            self.done(unit, slot.micro, reduce)?;
+        }
+        Ok(())
+    }
+
+    fn boundary(&self) -> Tensor {
+        self.device.empty([self.micro_rows, self.hidden], self.dtype)
+    }
+}
+
+fn tokens<'a>(micro: &'a MicroBatch, rope: &'a Option<Tensor>, t: usize) -> Tokens<'a> {
+    Tokens { t, positions: micro.positions.view(), starts: micro.starts.view(), rope: rope.as_ref().map(Tensor::view) }
+}

@@ -2,10 +2,12 @@
 //!
 //! Invariant: a view made here is exactly the parameter's place in the layout; stacked parameters are neighbours without a gap.
 
-use crate::device::tensor::{View, ViewMut};
+use crate::device::tensor::{Tensor, View, ViewMut};
+use crate::ops::matmul;
 use crate::plan::layout::UnitLayout;
 use crate::shape::Shape;
 use std::ops::Range;
+use std::sync::Arc;
 
 /// Index of a parameter within its unit.
 pub type ParamId = usize;
@@ -21,6 +23,16 @@ pub struct Weights<'a> {
 pub struct Grads<'a> {
     flat: ViewMut<'a>,
     layout: &'a UnitLayout,
+    /// Where given, the matrices' gradients are not computed now but noted here.
+    deferred: Option<&'a mut Vec<Deferred>>,
+}
+
+/// A matrix's gradient still to be computed: what the weight half of a split backward pass runs on.
+pub struct Deferred {
+    ids: Vec<ParamId>,
+    dy: Arc<Tensor>,
+    x: Arc<Tensor>,
+    t: usize,
 }
 
 impl<'a> Weights<'a> {
@@ -44,7 +56,27 @@ impl<'a> Weights<'a> {
 impl<'a> Grads<'a> {
     pub fn new(flat: ViewMut<'a>, layout: &'a UnitLayout) -> Grads<'a> {
         assert_eq!(flat.shape().numel(), layout.numel, "gradients of another layout");
-        Grads { flat, layout }
+        Grads { flat, layout, deferred: None }
+    }
+
+    /// From now on the gradients of matrices go into `list` instead.
+    pub fn deferring(self, list: &'a mut Vec<Deferred>) -> Grads<'a> {
+        Grads { deferred: Some(list), ..self }
+    }
+
+    /// Stacked matrices w [o, i]: dw += dy^T x, with dy [n, o] and x [n, i]; now, or noted for later. `t`: rows of one sequence.
+    pub fn matrices(&mut self, ids: &[ParamId], dy: &Arc<Tensor>, x: &Arc<Tensor>, t: usize) {
+        match &mut self.deferred {
+            Some(list) => list.push(Deferred { ids: ids.to_vec(), dy: dy.clone(), x: x.clone(), t }),
+            None => matmul::backward_weight(self.stack(ids), dy.view(), x.view(), t),
+        }
+    }
+
+    /// Computes what was deferred, in the order in which it was noted.
+    pub fn catch_up(&mut self, list: Vec<Deferred>) {
+        for Deferred { ids, dy, x, t } in list {
+            matmul::backward_weight(self.stack(&ids), dy.view(), x.view(), t);
+        }
     }
 
     pub fn get(&mut self, id: ParamId) -> ViewMut<'_> {
