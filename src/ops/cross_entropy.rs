@@ -1,1 +1,138 @@
-//! cross_entropy
+//! Cross-entropy of logits against target tokens, in stages, so that the vocabulary may be cut over ranks.
+//!
+//! ```text
+//! row_max   max[i]    = greatest logit of row i                     -> greatest over the ranks
+//! sums      sums[i,0] = sum over v of exp(logit[i,v] - max[i])      -> added over the ranks, in the tree
+//!           sums[i,1] = logit[i, target] - max[i], 0 if not here    -> added over the ranks
+//! losses    loss[i]   = ln(sums[i,0]) - sums[i,1]
+//! finish    dlogit    = (exp(logit - max) / sums[i,0] - (v == target)) scale
+//! ```
+//!
+//! `first` is the number of the first token of this part of the vocabulary. Logits have any dtype, all else is f32. Where the target is
+//! `IGNORED`, loss and gradient are zero, whatever the logits.
+//!
+//! Invariant: the sum of exponentials is made of one sum for each virtual shard of the vocabulary (`shard` tokens, the last may be
+//! narrower), in lanes, and the shards are added in the balanced binary tree: the bits do not tell how many ranks hold the shards.
+
+use crate::device::Device;
+use crate::device::tensor::{Tensor, View, ViewMut};
+use crate::dispatch;
+use crate::dtype::{Dtype, Element};
+use crate::ops::functions::{exp, ln, max as greatest, sum};
+use crate::ops::reduce::tree;
+use crate::ops::rows::{Rows, over_rows};
+
+/// The target of a row that does not count.
+pub const IGNORED: u32 = u32::MAX;
+
+/// What an exponential costs, in elements touched.
+const COST: usize = 4;
+
+/// logits [n, v] -> f32 [n]
+pub fn row_max(logits: View<'_>) -> Tensor {
+    let (n, v) = (logits.shape().rows(), logits.shape().columns());
+    let mut max = logits.device().empty([n], Dtype::F32);
+    match logits.device() {
+        Device::Cpu(cpu) => dispatch!(logits.dtype(), T => {
+            let logits = logits.slice::<T>();
+            over_rows(cpu, n, v, Rows::new(max.view_mut().into_slice::<f32>(), 1), |rows, max| {
+                for (row, max) in rows.zip(max.elements) {
+                    *max = greatest(&logits[row * v..][..v]);
+                }
+            });
+        }),
+        Device::Dry(_) => {}
+    }
+    max
+}
+
+/// logits [n, v], max f32 [n], targets u32 [n] -> f32 [n, 2]
+pub fn sums(logits: View<'_>, max: View<'_>, targets: View<'_>, first: usize, shard: usize) -> Tensor {
+    let (n, v) = (logits.shape().rows(), logits.shape().columns());
+    assert!(shard > 0 && first.is_multiple_of(shard), "a part of the vocabulary from {first} is cut within a shard of {shard}");
+    check_rows(max, n, 1);
+    check_targets(targets, n);
+    let mut sums = logits.device().empty([n, 2], Dtype::F32);
+    match logits.device() {
+        Device::Cpu(cpu) => dispatch!(logits.dtype(), T => {
+            let (logits, max, targets) = (logits.slice::<T>(), max.slice::<f32>(), targets.slice::<u32>());
+            over_rows(cpu, n, v * COST, Rows::new(sums.view_mut().into_slice::<f32>(), 2), |rows, sums| {
+                let mut shards = vec![0f32; v.div_ceil(shard)];
+                for (row, sums) in rows.zip(sums.each()) {
+                    let (logits, max) = (&logits[row * v..][..v], max[row]);
+                    for (total, logits) in shards.iter_mut().zip(logits.chunks(shard)) {
+                        *total = sum(logits, |logit| exp(logit - max));
+                    }
+                    let target = target_column(targets[row], first, v).map_or(0.0, |column| logits[column].to_f32() - max);
+                    sums.copy_from_slice(&[tree(&mut shards), target]);
+                }
+            });
+        }),
+        Device::Dry(_) => {}
+    }
+    sums
+}
+
+/// The loss of each row, from sums over the whole vocabulary -> f32 [n]
+pub fn losses(sums: View<'_>, targets: View<'_>) -> Tensor {
+    let n = targets.shape().numel();
+    check_rows(sums, n, 2);
+    check_targets(targets, n);
+    let mut losses = sums.device().empty([n], Dtype::F32);
+    match sums.device() {
+        Device::Cpu(cpu) => {
+            let (sums, targets) = (sums.slice::<f32>(), targets.slice::<u32>());
+            over_rows(cpu, n, 16 * COST, Rows::new(losses.view_mut().into_slice::<f32>(), 1), |rows, losses| {
+                for (row, loss) in rows.zip(losses.elements) {
+                    let whole = (ln(sums[2 * row] as f64) - sums[2 * row + 1] as f64) as f32;
+                    *loss = if targets[row] == IGNORED { 0.0 } else { whole };
+                }
+            });
+        }
+        Device::Dry(_) => {}
+    }
+    losses
+}
+
+/// Turns logits [n, v] into their gradients, in place, from sums over the whole vocabulary.
+pub fn finish(mut logits: ViewMut<'_>, max: View<'_>, sums: View<'_>, targets: View<'_>, first: usize, scale: f32) {
+    let (n, v) = (logits.shape().rows(), logits.shape().columns());
+    check_rows(max, n, 1);
+    check_rows(sums, n, 2);
+    check_targets(targets, n);
+    match max.device() {
+        Device::Cpu(cpu) => dispatch!(logits.dtype(), T => {
+            let (max, sums, targets) = (max.slice::<f32>(), sums.slice::<f32>(), targets.slice::<u32>());
+            over_rows(cpu, n, v * COST, Rows::new(logits.slice_mut::<T>(), v), |rows, logits| {
+                for (row, logits) in rows.zip(logits.each()) {
+                    if targets[row] == IGNORED {
+                        logits.fill(T::default());
+                        continue;
+                    }
+                    let (max, share) = (max[row], 1.0 / sums[2 * row]);
+                    let column = target_column(targets[row], first, v);
+                    let target = column.map(|column| (exp(logits[column].to_f32() - max) * share - 1.0) * scale);
+                    for logit in logits.iter_mut() {
+                        *logit = T::from_f32((exp(logit.to_f32() - max) * share) * scale);
+                    }
+                    if let (Some(column), Some(gradient)) = (column, target) {
+                        logits[column] = T::from_f32(gradient);
+                    }
+                }
+            });
+        }),
+        Device::Dry(_) => {}
+    }
+}
+
+fn target_column(target: u32, first: usize, v: usize) -> Option<usize> {
+    (target as usize).checked_sub(first).filter(|&column| column < v && target != IGNORED)
+}
+
+fn check_rows(statistics: View<'_>, n: usize, each: usize) {
+    assert_eq!((statistics.shape().numel(), statistics.dtype()), (n * each, Dtype::F32), "{each} statistics for each of {n} rows");
+}
+
+fn check_targets(targets: View<'_>, n: usize) {
+    assert_eq!((targets.shape().numel(), targets.dtype()), (n, Dtype::U32), "a u32 target for each of {n} rows");
+}

@@ -1,1 +1,84 @@
-//! elementwise
+//! Sums, scalings and conversions of element by element.
+//!
+//! Invariant: each result is one f32 operation, rounded once to the dtype it rests in.
+
+use crate::device::Device;
+use crate::device::tensor::{View, ViewMut};
+use crate::dispatch;
+use crate::dtype::{Dtype, Element};
+use crate::ops::rows::{Rows, over_rows};
+
+/// y += x, of one shape and dtype.
+pub fn add(y: ViewMut<'_>, x: View<'_>) {
+    assert_eq!(y.dtype(), x.dtype(), "the terms of a sum");
+    match x.device() {
+        Device::Cpu(_) => dispatch!(x.dtype(), T => update::<T, T>(y, x, |y, x| y + x)),
+        Device::Dry(_) => check_counts(&y, x),
+    }
+}
+
+/// dst += src, in f32, whatever the dtype of `src`.
+pub fn accumulate(dst: ViewMut<'_>, src: View<'_>) {
+    assert_eq!(dst.dtype(), Dtype::F32, "gradients rest in f32");
+    match src.device() {
+        Device::Cpu(_) => dispatch!(src.dtype(), T => update::<f32, T>(dst, src, |y, x| y + x)),
+        Device::Dry(_) => check_counts(&dst, src),
+    }
+}
+
+/// dst = src, rounded where `dst` is narrower.
+pub fn cast(dst: ViewMut<'_>, src: View<'_>) {
+    match src.device() {
+        Device::Cpu(_) => dispatch!(dst.dtype(), D => dispatch!(src.dtype(), S => update::<D, S>(dst, src, |_, x| x))),
+        Device::Dry(_) => check_counts(&dst, src),
+    }
+}
+
+/// x *= factor
+pub fn scale(mut x: ViewMut<'_>, factor: f32) {
+    match x.device() {
+        Device::Cpu(cpu) => dispatch!(x.dtype(), T => {
+            let x = x.slice_mut::<T>();
+            over_rows(cpu, x.len(), 1, Rows::new(x, 1), |_, x| {
+                for x in x.elements {
+                    *x = T::from_f32(x.to_f32() * factor);
+                }
+            });
+        }),
+        Device::Dry(_) => {}
+    }
+}
+
+/// y += bias in every row. y [n, c], bias [c]
+pub fn add_row(mut y: ViewMut<'_>, bias: View<'_>) {
+    let (n, c) = (y.shape().rows(), y.shape().columns());
+    assert_eq!((bias.shape().dims(), bias.dtype()), (&[c][..], y.dtype()), "the bias of rows {}", y.shape());
+    match bias.device() {
+        Device::Cpu(cpu) => dispatch!(bias.dtype(), T => {
+            let bias = bias.slice::<T>();
+            over_rows(cpu, n, c, Rows::new(y.slice_mut::<T>(), c), |_, y| {
+                for y in y.each() {
+                    for (y, bias) in y.iter_mut().zip(bias) {
+                        *y = T::from_f32(y.to_f32() + bias.to_f32());
+                    }
+                }
+            });
+        }),
+        Device::Dry(_) => {}
+    }
+}
+
+fn update<Y: Element, X: Element>(mut y: ViewMut<'_>, x: View<'_>, new: impl Fn(f32, f32) -> f32 + Sync) {
+    check_counts(&y, x);
+    let Device::Cpu(cpu) = x.device() else { return };
+    let xs = x.slice::<X>();
+    over_rows(cpu, xs.len(), 1, Rows::new(y.slice_mut::<Y>(), 1), |range, y| {
+        for (y, x) in y.elements.iter_mut().zip(&xs[range]) {
+            *y = Y::from_f32(new(y.to_f32(), x.to_f32()));
+        }
+    });
+}
+
+fn check_counts(y: &ViewMut<'_>, x: View<'_>) {
+    assert_eq!(y.shape().numel(), x.shape().numel(), "element by element: {} and {}", y.shape(), x.shape());
+}

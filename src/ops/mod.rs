@@ -1,4 +1,7 @@
-//! ops
+//! Operations on tensors: one file for each, with its formula, its shape checks and its path on every device.
+//!
+//! Invariant: work is split over rows or columns of what is written, never over the terms of a sum; so a result depends on its operands
+//! alone, not on the number of threads. Only +, -, *, / and square roots are used, each rounded on its own: no processor gives other bits.
 
 pub mod activation;
 pub mod adamw;
@@ -6,7 +9,9 @@ pub mod attention;
 pub mod cross_entropy;
 pub mod elementwise;
 pub mod embedding;
+pub mod functions;
 pub mod matmul;
 pub mod norm;
 pub mod reduce;
 pub mod rope;
+pub mod rows;

@@ -1,1 +1,229 @@
-//! norm
+//! Normalisation of rows: by their root mean square, and by mean and variance.
+//!
+//! ```text
+//! rms     r = 1 / sqrt(mean(x^2) + eps)         y = w (x r)            dx = r (dh - h mean(dh h)),            h = x r
+//! layer   m = mean(x), r from x - m             y = w ((x - m) r) + b  dx = r (dh - mean(dh) - h mean(dh h)), h = (x - m) r
+//!         dh = dy w                             dw = sum over rows of dy h, by the chunk rule of reduce.rs; db = reduce::sum_rows
+//! ```
+//!
+//! x, w, b, y, dy, dx have one dtype; r, m and dw are f32. Sums over a row are f32, in lanes (functions.rs).
+//!
+//! Invariant: a row's result depends on that row alone, and `*_again` gives the bits of `*_forward`.
+
+use crate::device::Device;
+use crate::device::tensor::{Tensor, View, ViewMut};
+use crate::dispatch;
+use crate::dtype::{Dtype, Element};
+use crate::ops::functions::{sum, sums_of_three};
+use crate::ops::reduce::{add_by_chunks, check_chunks};
+use crate::ops::rows::{Rows, over_rows};
+
+/// x [n, c], w [c] -> y [n, c], r f32 [n]
+pub fn rms_forward(x: View<'_>, w: View<'_>, eps: f32) -> (Tensor, Tensor) {
+    let (n, c) = check_rows(x, w);
+    let mut y = x.device().empty(x.shape(), x.dtype());
+    let mut r = x.device().empty([n], Dtype::F32);
+    match x.device() {
+        Device::Cpu(cpu) => dispatch!(x.dtype(), T => {
+            let (x, w) = (x.slice::<T>(), w.slice::<T>());
+            let out = (Rows::new(y.view_mut().into_slice::<T>(), c), Rows::new(r.view_mut().into_slice::<f32>(), 1));
+            over_rows(cpu, n, c, out, |rows, (y, r)| {
+                for ((row, y), r) in rows.zip(y.each()).zip(r.elements) {
+                    let x = &x[row * c..][..c];
+                    *r = 1.0 / (sum(x, |x| x * x) / c as f32 + eps).sqrt();
+                    rms_row(y, x, w, *r);
+                }
+            });
+        }),
+        Device::Dry(_) => {}
+    }
+    (y, r)
+}
+
+/// y once more, from the r that `rms_forward` gave.
+pub fn rms_again(x: View<'_>, w: View<'_>, r: View<'_>) -> Tensor {
+    let (n, c) = check_rows(x, w);
+    check_statistics(r, n, 1);
+    let mut y = x.device().empty(x.shape(), x.dtype());
+    match x.device() {
+        Device::Cpu(cpu) => dispatch!(x.dtype(), T => {
+            let (x, w, r) = (x.slice::<T>(), w.slice::<T>(), r.slice::<f32>());
+            over_rows(cpu, n, c, Rows::new(y.view_mut().into_slice::<T>(), c), |rows, y| {
+                for (row, y) in rows.zip(y.each()) {
+                    rms_row(y, &x[row * c..][..c], w, r[row]);
+                }
+            });
+        }),
+        Device::Dry(_) => {}
+    }
+    y
+}
+
+#[inline(always)]
+fn rms_row<T: Element>(y: &mut [T], x: &[T], w: &[T], r: f32) {
+    for ((y, x), w) in y.iter_mut().zip(x).zip(w) {
+        *y = T::from_f32(w.to_f32() * (x.to_f32() * r));
+    }
+}
+
+/// dy [n, c] -> dx [n, c]
+pub fn rms_backward(dy: View<'_>, x: View<'_>, w: View<'_>, r: View<'_>) -> Tensor {
+    let (n, c) = check_rows(x, w);
+    check_gradient(dy, x);
+    check_statistics(r, n, 1);
+    let mut dx = x.device().empty(x.shape(), x.dtype());
+    match x.device() {
+        Device::Cpu(cpu) => dispatch!(x.dtype(), T => {
+            let (dy, x, w, r) = (dy.slice::<T>(), x.slice::<T>(), w.slice::<T>(), r.slice::<f32>());
+            over_rows(cpu, n, 2 * c, Rows::new(dx.view_mut().into_slice::<T>(), c), |rows, dx| {
+                for (row, dx) in rows.zip(dx.each()) {
+                    let (dy, x, r) = (&dy[row * c..][..c], &x[row * c..][..c], r[row]);
+                    let (along, _) = sums_of_three(dy, x, w, |dy, x, w| ((dy * w) * (x * r), 0.0));
+                    let along = along / c as f32;
+                    for (((dx, dy), x), w) in dx.iter_mut().zip(dy).zip(x).zip(w) {
+                        let (dh, h) = (dy.to_f32() * w.to_f32(), x.to_f32() * r);
+                        *dx = T::from_f32(r * (dh - h * along));
+                    }
+                }
+            });
+        }),
+        Device::Dry(_) => {}
+    }
+    dx
+}
+
+/// dw f32 [chunks, c] += the sum over rows of dy (x r)
+pub fn rms_backward_weight(dw: ViewMut<'_>, dy: View<'_>, x: View<'_>, r: View<'_>, t: usize) {
+    let (n, c) = (x.shape().rows(), x.shape().columns());
+    check_chunks(&dw, n, c, t);
+    check_gradient(dy, x);
+    check_statistics(r, n, 1);
+    match x.device() {
+        Device::Cpu(_) => dispatch!(x.dtype(), T => {
+            let (dy, x, r) = (dy.slice::<T>(), x.slice::<T>(), r.slice::<f32>());
+            add_by_chunks(dw, n, t, |row, columns, sums| {
+                let (dy, x, r) = (&dy[row * c..][columns.clone()], &x[row * c..][columns], r[row]);
+                for ((sum, dy), x) in sums.iter_mut().zip(dy).zip(x) {
+                    *sum += dy.to_f32() * (x.to_f32() * r);
+                }
+            });
+        }),
+        Device::Dry(_) => {}
+    }
+}
+
+/// x [n, c], w [c], b [c] -> y [n, c], stats f32 [n, 2]: mean and r
+pub fn layer_forward(x: View<'_>, w: View<'_>, b: View<'_>, eps: f32) -> (Tensor, Tensor) {
+    let (n, c) = check_rows(x, w);
+    check_rows(x, b);
+    let mut y = x.device().empty(x.shape(), x.dtype());
+    let mut stats = x.device().empty([n, 2], Dtype::F32);
+    match x.device() {
+        Device::Cpu(cpu) => dispatch!(x.dtype(), T => {
+            let (x, w, b) = (x.slice::<T>(), w.slice::<T>(), b.slice::<T>());
+            let out = (Rows::new(y.view_mut().into_slice::<T>(), c), Rows::new(stats.view_mut().into_slice::<f32>(), 2));
+            over_rows(cpu, n, 2 * c, out, |rows, (y, stats)| {
+                for ((row, y), stats) in rows.zip(y.each()).zip(stats.each()) {
+                    let x = &x[row * c..][..c];
+                    let mean = sum(x, |x| x) / c as f32;
+                    let variance = sum(x, |x| (x - mean) * (x - mean)) / c as f32;
+                    stats.copy_from_slice(&[mean, 1.0 / (variance + eps).sqrt()]);
+                    layer_row(y, x, w, b, stats);
+                }
+            });
+        }),
+        Device::Dry(_) => {}
+    }
+    (y, stats)
+}
+
+/// y once more, from the statistics that `layer_forward` gave.
+pub fn layer_again(x: View<'_>, w: View<'_>, b: View<'_>, stats: View<'_>) -> Tensor {
+    let (n, c) = check_rows(x, w);
+    check_rows(x, b);
+    check_statistics(stats, n, 2);
+    let mut y = x.device().empty(x.shape(), x.dtype());
+    match x.device() {
+        Device::Cpu(cpu) => dispatch!(x.dtype(), T => {
+            let (x, w, b, stats) = (x.slice::<T>(), w.slice::<T>(), b.slice::<T>(), stats.slice::<f32>());
+            over_rows(cpu, n, c, Rows::new(y.view_mut().into_slice::<T>(), c), |rows, y| {
+                for (row, y) in rows.zip(y.each()) {
+                    layer_row(y, &x[row * c..][..c], w, b, &stats[2 * row..][..2]);
+                }
+            });
+        }),
+        Device::Dry(_) => {}
+    }
+    y
+}
+
+#[inline(always)]
+fn layer_row<T: Element>(y: &mut [T], x: &[T], w: &[T], b: &[T], stats: &[f32]) {
+    let (mean, r) = (stats[0], stats[1]);
+    for (((y, x), w), b) in y.iter_mut().zip(x).zip(w).zip(b) {
+        *y = T::from_f32(((x.to_f32() - mean) * r) * w.to_f32() + b.to_f32());
+    }
+}
+
+/// dy [n, c] -> dx [n, c]
+pub fn layer_backward(dy: View<'_>, x: View<'_>, w: View<'_>, stats: View<'_>) -> Tensor {
+    let (n, c) = check_rows(x, w);
+    check_gradient(dy, x);
+    check_statistics(stats, n, 2);
+    let mut dx = x.device().empty(x.shape(), x.dtype());
+    match x.device() {
+        Device::Cpu(cpu) => dispatch!(x.dtype(), T => {
+            let (dy, x, w, stats) = (dy.slice::<T>(), x.slice::<T>(), w.slice::<T>(), stats.slice::<f32>());
+            over_rows(cpu, n, 2 * c, Rows::new(dx.view_mut().into_slice::<T>(), c), |rows, dx| {
+                for (row, dx) in rows.zip(dx.each()) {
+                    let (dy, x) = (&dy[row * c..][..c], &x[row * c..][..c]);
+                    let (mean, r) = (stats[2 * row], stats[2 * row + 1]);
+                    let (flat, along) = sums_of_three(dy, x, w, |dy, x, w| (dy * w, (dy * w) * ((x - mean) * r)));
+                    let (flat, along) = (flat / c as f32, along / c as f32);
+                    for (((dx, dy), x), w) in dx.iter_mut().zip(dy).zip(x).zip(w) {
+                        let (dh, h) = (dy.to_f32() * w.to_f32(), (x.to_f32() - mean) * r);
+                        *dx = T::from_f32(r * ((dh - flat) - h * along));
+                    }
+                }
+            });
+        }),
+        Device::Dry(_) => {}
+    }
+    dx
+}
+
+/// dw f32 [chunks, c] += the sum over rows of dy ((x - mean) r). The bias's gradient is `reduce::sum_rows`.
+pub fn layer_backward_weight(dw: ViewMut<'_>, dy: View<'_>, x: View<'_>, stats: View<'_>, t: usize) {
+    let (n, c) = (x.shape().rows(), x.shape().columns());
+    check_chunks(&dw, n, c, t);
+    check_gradient(dy, x);
+    check_statistics(stats, n, 2);
+    match x.device() {
+        Device::Cpu(_) => dispatch!(x.dtype(), T => {
+            let (dy, x, stats) = (dy.slice::<T>(), x.slice::<T>(), stats.slice::<f32>());
+            add_by_chunks(dw, n, t, |row, columns, sums| {
+                let (dy, x) = (&dy[row * c..][columns.clone()], &x[row * c..][columns]);
+                let (mean, r) = (stats[2 * row], stats[2 * row + 1]);
+                for ((sum, dy), x) in sums.iter_mut().zip(dy).zip(x) {
+                    *sum += dy.to_f32() * ((x.to_f32() - mean) * r);
+                }
+            });
+        }),
+        Device::Dry(_) => {}
+    }
+}
+
+fn check_rows(x: View<'_>, w: View<'_>) -> (usize, usize) {
+    let (n, c) = (x.shape().rows(), x.shape().columns());
+    assert_eq!(w.shape().dims(), [c], "the weight of a norm over rows {}", x.shape());
+    assert_eq!(x.dtype(), w.dtype(), "rows and weight of a norm");
+    (n, c)
+}
+
+fn check_gradient(dy: View<'_>, x: View<'_>) {
+    assert_eq!((dy.shape(), dy.dtype()), (x.shape(), x.dtype()), "a gradient is like its value");
+}
+
+fn check_statistics(stats: View<'_>, n: usize, each: usize) {
+    assert_eq!((stats.shape().numel(), stats.dtype()), (n * each, Dtype::F32), "{each} statistics for each of {n} rows");
+}

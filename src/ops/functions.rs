@@ -1,0 +1,227 @@
+//! Elementary functions and sums whose bits are the same on every machine: +, -, *, / and bit patterns only, no mathematical library.
+//!
+//! Invariant: a sum over a row adds element i to lane i % LANES and then folds the lanes in halves; nothing but the length decides
+//! the order. The f32 functions are straight-line code, so that loops over them become vector instructions.
+
+use crate::dtype::Element;
+
+/// Two 512-bit registers of f32: enough independent additions to keep a core busy.
+pub const LANES: usize = 32;
+
+/// 1.5 * 2^23: adding it to a small f32 rounds to an integer, which then stands in the low bits.
+const ROUNDER: f32 = 12_582_912.0;
+
+/// e^x, within one unit in the last place. Overflows to infinity, underflows through the denormals to zero; NaN stays NaN.
+#[inline(always)]
+pub fn exp(x: f32) -> f32 {
+    // ln 2 in two parts: the first has nine bits, so that n times it is exact.
+    const LN_2_HIGH: f32 = 0.693_359_4;
+    const LN_2_LOW: f32 = -2.121_944_4e-4;
+    // Beyond these ends the result is zero or infinite anyway, and n stays small enough for two factors of 2^(n/2).
+    let x = x.clamp(-104.0, 89.0);
+    let shifted = x * std::f32::consts::LOG2_E + ROUNDER;
+    let n = shifted - ROUNDER;
+    let r = (x - n * LN_2_HIGH) - n * LN_2_LOW;
+    // Taylor to r^7: the rest is below 6e-9 for |r| <= ln(2) / 2, a tenth of a unit in the last place.
+    let mut q = 1.0 / 5040.0;
+    for coefficient in [1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5] {
+        q = q * r + coefficient;
+    }
+    let p = 1.0 + (r + (r * r) * q);
+    let exponent = shifted.to_bits().wrapping_sub(ROUNDER.to_bits()) as i32;
+    let half = exponent >> 1;
+    p * power_of_two(half) * power_of_two(exponent.wrapping_sub(half))
+}
+
+#[inline(always)]
+fn power_of_two(exponent: i32) -> f32 {
+    f32::from_bits((exponent.wrapping_add(127) as u32) << 23)
+}
+
+/// 1 / (1 + e^-x) and its complement 1 - that, neither by a subtraction that cancels.
+#[inline(always)]
+pub fn sigmoid(x: f32) -> (f32, f32) {
+    // Beyond +-88 the smaller of the two is under the least normal number; stopping there keeps 0 * infinity away.
+    let e = exp(-x.clamp(-88.0, 88.0));
+    let s = 1.0 / (1.0 + e);
+    (s, e * s)
+}
+
+/// The sum of `term` over a row, in lanes.
+#[inline(always)]
+pub fn sum<T: Element>(x: &[T], term: impl Fn(f32) -> f32) -> f32 {
+    let (blocks, rest) = x.as_chunks::<LANES>();
+    let mut lanes = [0f32; LANES];
+    for block in blocks {
+        for (lane, x) in lanes.iter_mut().zip(block) {
+            *lane += term(x.to_f32());
+        }
+    }
+    for (lane, x) in lanes.iter_mut().zip(rest) {
+        *lane += term(x.to_f32());
+    }
+    fold(lanes)
+}
+
+/// The two sums of `terms` over three rows read side by side, in lanes.
+#[inline(always)]
+pub fn sums_of_three<T: Element>(a: &[T], b: &[T], c: &[T], terms: impl Fn(f32, f32, f32) -> (f32, f32)) -> (f32, f32) {
+    let ((a, rest_a), (b, rest_b), (c, rest_c)) = (a.as_chunks::<LANES>(), b.as_chunks::<LANES>(), c.as_chunks::<LANES>());
+    let (mut first, mut second) = ([0f32; LANES], [0f32; LANES]);
+    for ((a, b), c) in a.iter().zip(b).zip(c) {
+        for i in 0..LANES {
+            let (x, y) = terms(a[i].to_f32(), b[i].to_f32(), c[i].to_f32());
+            first[i] += x;
+            second[i] += y;
+        }
+    }
+    for (i, ((a, b), c)) in rest_a.iter().zip(rest_b).zip(rest_c).enumerate() {
+        let (x, y) = terms(a.to_f32(), b.to_f32(), c.to_f32());
+        first[i] += x;
+        second[i] += y;
+    }
+    (fold(first), fold(second))
+}
+
+/// The greatest element; -infinity for none. A NaN is passed over.
+#[inline(always)]
+pub fn max<T: Element>(x: &[T]) -> f32 {
+    let greater = |a: f32, b: f32| if b > a { b } else { a };
+    let (blocks, rest) = x.as_chunks::<LANES>();
+    let mut lanes = [f32::NEG_INFINITY; LANES];
+    for block in blocks {
+        for (lane, x) in lanes.iter_mut().zip(block) {
+            *lane = greater(*lane, x.to_f32());
+        }
+    }
+    for (lane, x) in lanes.iter_mut().zip(rest) {
+        *lane = greater(*lane, x.to_f32());
+    }
+    lanes.into_iter().fold(f32::NEG_INFINITY, greater)
+}
+
+#[inline(always)]
+fn fold(mut lanes: [f32; LANES]) -> f32 {
+    let mut width = LANES / 2;
+    while width > 0 {
+        for i in 0..width {
+            lanes[i] += lanes[i + width];
+        }
+        width /= 2;
+    }
+    lanes[0]
+}
+
+/// Natural logarithm of a positive normal number, to about 1e-15. Zero, negative and non-finite arguments give what f64::ln gives.
+pub fn ln(x: f64) -> f64 {
+    if x.is_nan() || x < 0.0 {
+        return f64::NAN;
+    }
+    if x == 0.0 {
+        return f64::NEG_INFINITY;
+    }
+    if x == f64::INFINITY {
+        return x;
+    }
+    let bits = x.to_bits();
+    let mut exponent = (bits >> 52) as i32 - 1023;
+    let mut m = f64::from_bits((bits & ((1 << 52) - 1)) | (1023 << 52));
+    if m > std::f64::consts::SQRT_2 {
+        m *= 0.5;
+        exponent += 1;
+    }
+    // ln m = 2 artanh s, with |s| <= 0.172: the series' rest after s^19 is below 1e-17.
+    let s = (m - 1.0) / (m + 1.0);
+    let square = s * s;
+    let series = (0..10).rev().fold(0.0, |series, k| series * square + 1.0 / (2 * k + 1) as f64);
+    2.0 * s * series + exponent as f64 * std::f64::consts::LN_2
+}
+
+/// base^power for a positive base and a result within 1e-300 .. 1e300, to about 1e-14.
+pub fn power(base: f64, power: f64) -> f64 {
+    let x = power * ln(base);
+    assert!(x.abs() < 690.0, "{base}^{power} is out of range");
+    let n = (x * std::f64::consts::LOG2_E).round();
+    let r = x - n * std::f64::consts::LN_2;
+    // Taylor to r^14: the rest is below 1e-18 for |r| <= ln(2) / 2.
+    let p = (1..15).rev().fold(1.0, |p, k| 1.0 + p * r / k as f64);
+    p * f64::from_bits(((n as i64 + 1023) as u64) << 52)
+}
+
+/// Sine and cosine of an angle of less than a million radians, to about 1e-15.
+pub fn sine_cosine(angle: f64) -> (f64, f64) {
+    assert!(angle.abs() < 1_048_576.0, "an angle of {angle} radians is too large to be reduced exactly");
+    // A quarter turn in two parts: the first has 33 bits, so that up to 2^20 of it are exact.
+    let high = f64::from_bits(std::f64::consts::FRAC_PI_2.to_bits() & !((1 << 20) - 1));
+    // What the first part leaves of pi / 2: the dropped bits of the f64, and the 6.1e-17 that the f64 itself lacks.
+    let low = (std::f64::consts::FRAC_PI_2 - high) + 6.123_233_995_736_766e-17;
+    let quarters = (angle * std::f64::consts::FRAC_2_PI).round();
+    let r = (angle - quarters * high) - quarters * low;
+    let square = r * r;
+    // Taylor to r^17 and r^16: the rests are below 1e-17 for |r| <= pi / 4.
+    let sine = r * (1..9).rev().fold(1.0, |s, k| 1.0 - s * square / ((2 * k) * (2 * k + 1)) as f64);
+    let cosine = (1..9).rev().fold(1.0, |s, k| 1.0 - s * square / ((2 * k - 1) * (2 * k)) as f64);
+    match quarters as i64 & 3 {
+        0 => (sine, cosine),
+        1 => (cosine, -sine),
+        2 => (-sine, -cosine),
+        _ => (-cosine, sine),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn exp_is_within_one_unit_in_the_last_place() {
+        let mut worst = 0f64;
+        for i in -1_040_000..=887_000 {
+            let x = i as f32 * 1e-4;
+            let (ours, truth) = (exp(x) as f64, (x as f64).exp());
+            let unit = f64::max(truth.log2().floor().exp2() * 2f64.powi(-23), 2f64.powi(-149));
+            worst = worst.max((ours - truth).abs() / unit);
+        }
+        assert!(worst <= 1.0, "{worst} units");
+        assert_eq!([exp(0.0), exp(-0.0), exp(f32::NEG_INFINITY), exp(-200.0)], [1.0, 1.0, 0.0, 0.0]);
+        assert_eq!([exp(f32::INFINITY), exp(88.73)], [f32::INFINITY; 2]);
+        assert!(exp(88.722).is_finite() && exp(f32::NAN).is_nan());
+    }
+
+    #[test]
+    fn sigmoid_and_its_complement_keep_their_relative_precision() {
+        for i in -8800..=8800 {
+            let x = i as f32 * 0.01;
+            let (s, complement) = sigmoid(x);
+            let truth = 1.0 / (1.0 + (-x as f64).exp());
+            let other = 1.0 / (1.0 + (x as f64).exp());
+            assert!((s as f64 / truth - 1.0).abs() < 3e-7 && (complement as f64 / other - 1.0).abs() < 3e-7, "{x}: {s} {complement}");
+        }
+        assert!(sigmoid(f32::NAN).0.is_nan());
+    }
+
+    #[test]
+    fn f64_functions_agree_with_the_mathematical_library() {
+        for i in 1..20_000 {
+            let x = i as f64 * 0.37;
+            assert!((ln(x) - x.ln()).abs() <= 1e-15 * x.ln().abs().max(1.0), "ln {x}");
+            assert!((ln(1.0 / x) + x.ln()).abs() <= 1e-15 * x.ln().abs().max(1.0), "ln 1 / {x}");
+            let (sine, cosine) = sine_cosine(x * 50.0);
+            assert!((sine - (x * 50.0).sin()).abs() < 1e-15 && (cosine - (x * 50.0).cos()).abs() < 1e-15, "angle {}", x * 50.0);
+            let e = i as f64 / 20_000.0;
+            assert!((power(5e5, e) / 5e5f64.powf(e) - 1.0).abs() < 1e-14, "{e}");
+        }
+        assert!(ln(0.0) == f64::NEG_INFINITY && ln(f64::NAN).is_nan() && ln(f64::INFINITY) == f64::INFINITY);
+    }
+
+    #[test]
+    fn sums_do_not_depend_on_anything_but_the_row() {
+        let x: Vec<f32> = (0..77).map(|i| (i as f32).sqrt() - 4.0).collect();
+        let mut lanes = [0f32; LANES];
+        x.iter().enumerate().for_each(|(i, x)| lanes[i % LANES] += x);
+        assert_eq!(sum(&x, |x| x).to_bits(), fold(lanes).to_bits());
+        let (first, second) = sums_of_three(&x, &x, &x, |a, b, c| (a, b * c));
+        assert_eq!((first, second), (sum(&x, |x| x), sum(&x, |x| x * x)));
+        assert_eq!((max(&x), max::<f32>(&[])), (x[76], f32::NEG_INFINITY));
+    }
+}
