@@ -7,6 +7,7 @@
 //! tensor's dtype, whatever the transport.
 
 pub mod connect;
+pub mod dry;
 pub mod groups;
 pub mod metered;
 pub mod rendezvous;

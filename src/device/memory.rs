@@ -82,6 +82,11 @@ impl Memory {
 }
 
 impl Buffer {
+    /// What the buffer counts for: whole blocks.
+    pub fn bytes_taken(&self) -> usize {
+        self.bytes.div_ceil(64) * 64
+    }
+
     /// Empty on a device that only counts.
     pub fn bytes(&self) -> &[u8] {
         let all: &[u8] = bytemuck::cast_slice(&self.blocks);

@@ -44,9 +44,7 @@ impl Tensor {
         let shape = shape.into();
         assert_eq!(shape.numel(), values.len(), "a {shape} tensor from {} values", values.len());
         let mut tensor = device.empty(shape, T::DTYPE);
-        if !matches!(device, Device::Dry(_)) {
-            tensor.view_mut().into_slice::<T>().copy_from_slice(values);
-        }
+        tensor.view_mut().write(values);
         tensor
     }
 
@@ -60,6 +58,11 @@ impl Tensor {
 
     pub fn dtype(&self) -> Dtype {
         self.dtype
+    }
+
+    /// What the tensor takes of its device's memory.
+    pub fn bytes(&self) -> usize {
+        self.buffer.bytes_taken()
     }
 
     pub fn view(&self) -> View<'_> {
@@ -129,6 +132,15 @@ impl<'a> View<'a> {
         bytemuck::cast_slice(&self.buffer.bytes()[bytes])
     }
 
+    /// The window's bytes on the host.
+    pub fn to_bytes(&self) -> Vec<u8> {
+        let size = self.dtype.bytes();
+        match self.device {
+            Device::Cpu(_) => self.buffer.bytes()[self.start * size..(self.start + self.shape.numel()) * size].to_vec(),
+            Device::Dry(_) => vec![0; self.shape.numel() * size],
+        }
+    }
+
     pub fn to_vec<T: Stored>(&self) -> Vec<T> {
         match self.device {
             Device::Cpu(_) => self.slice::<T>().to_vec(),
@@ -193,6 +205,15 @@ impl<'a> ViewMut<'a> {
                 let bytes = self.start * self.dtype.bytes()..(self.start + self.shape.numel()) * self.dtype.bytes();
                 self.buffer.bytes_mut()[bytes].fill(0);
             }
+            Device::Dry(_) => {}
+        }
+    }
+
+    /// Copies host numbers into the window.
+    pub fn write<T: Stored>(mut self, values: &[T]) {
+        assert_eq!(self.shape.numel(), values.len(), "{} values into {}", values.len(), self.shape);
+        match self.device {
+            Device::Cpu(_) => self.slice_mut::<T>().copy_from_slice(values),
             Device::Dry(_) => {}
         }
     }

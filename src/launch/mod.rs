@@ -1,4 +1,5 @@
-//! launch
+//! Who this process is among the ranks, and how it is asked to stop.
 
 pub mod identity;
+pub mod signals;
 pub mod supervisor;

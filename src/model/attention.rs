@@ -87,7 +87,7 @@ impl Attention {
             reduce::sum_rows(g.rows(&[bias]), dy.view(), t);
         }
         g.matrices(&[self.o], &dy, &out, t);
-        let dout = matmul::backward_input(dy.view(), w.get(self.o), matmul::WHOLE);
+        let dout = matmul::backward_input(dy.view(), w.get(self.o));
         let mut dqkv = attention::backward(dout.view(), qkv.view(), out.view(), lse.view(), self.heads, t, tokens.starts, self.window);
         drop((dout, qkv, out, lse));
         if let Some(table) = tokens.rope {

@@ -75,7 +75,7 @@ impl Mlp {
         let hidden = hidden.unwrap_or_else(|| Arc::new(self.activate(wide.view())));
         g.matrices(&[self.down], &dy, &hidden, t);
         drop(hidden);
-        let dhidden = matmul::backward_input(dy.view(), w.get(self.down), matmul::WHOLE);
+        let dhidden = matmul::backward_input(dy.view(), w.get(self.down));
         let dwide = match self.activation {
             Activation::SwiGlu => activation::swiglu_backward(dhidden.view(), wide.view()),
             Activation::Gelu => activation::gelu_backward(dhidden.view(), wide.view()),

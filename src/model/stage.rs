@@ -54,6 +54,8 @@ struct Step {
     /// The last stage's output, whose loss is computed when its backward begins.
     outputs: HashMap<Slot, Tensor>,
     deferred: HashMap<Slot, Vec<(usize, Vec<Deferred>)>>,
+    /// The most that was alive at the end of a forward pass.
+    bytes_kept_peak: usize,
 }
 
 /// What follows when a backward pass has added a unit's gradients.
@@ -119,12 +121,18 @@ impl Stage {
         &self.now.loss
     }
 
-    /// Logits `[n, v]` of a few sequences of `t` tokens on a model that is whole on this rank.
+    /// The most that was alive on the device at the end of a forward pass of this step.
+    pub fn bytes_kept_peak(&self) -> usize {
+        self.now.bytes_kept_peak
+    }
+
+    /// Logits `[n, v]` of a few sequences, on a model that is whole on this rank.
     pub fn logits(&mut self, batch: &Batch) -> Result<Vec<f32>> {
-        let all = std::mem::replace(&mut self.micro_rows, batch.inputs.len());
+        let before = (self.micro_rows, self.t);
+        (self.micro_rows, self.t) = (batch.inputs.len(), batch.seq_len);
         self.begin_evaluation(batch);
-        self.micro_rows = all;
         let x = self.run_blocks(Slot { chunk: 0, micro: 0 }, None)?;
+        (self.micro_rows, self.t) = before;
         let head = self.head.as_ref().expect("the whole model is here");
         let (normed, _) = head.norm(self.zero.weights(head.norm_unit)?, x.view())?;
         let logits = head.logits(self.zero.weights(head.unit)?, normed.view());
@@ -287,6 +295,7 @@ impl Stage {
 impl pipeline::Stage for Stage {
     fn forward(&mut self, slot: Slot, x: Option<Tensor>) -> Result<Option<Tensor>> {
         let y = self.run_blocks(slot, x)?;
+        self.now.bytes_kept_peak = self.now.bytes_kept_peak.max(self.device.memory().bytes_live());
         if !self.is_last(slot.chunk) {
             return Ok(Some(y));
         }

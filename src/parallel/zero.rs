@@ -52,7 +52,7 @@ pub(in crate::parallel) struct UnitState {
     pub mine: Range<usize>,
     /// The unit whose weights this one uses; it then has gradients only.
     pub tied_to: Option<usize>,
-    pub weights: Held,
+    pub weights: WeightBuffer,
     /// f32 weights of `mine`, where the weights themselves are narrower.
     pub master: Option<Tensor>,
     /// First and second moments of `mine`.
@@ -62,7 +62,7 @@ pub(in crate::parallel) struct UnitState {
     lanes: Vec<(usize, Tensor)>,
 }
 
-pub(in crate::parallel) enum Held {
+pub(in crate::parallel) enum WeightBuffer {
     /// A tied unit has none of its own.
     Nothing,
     Whole(Tensor),
@@ -121,7 +121,7 @@ impl Zero {
     /// This pass is done with the unit's weights: stage 3 lets go of what it gathered.
     pub fn release(&mut self, unit: usize) {
         let owner = self.units[unit].tied_to.unwrap_or(unit);
-        if let Held::Sharded { whole, .. } = &mut self.units[owner].weights {
+        if let WeightBuffer::Sharded { whole, .. } = &mut self.units[owner].weights {
             *whole = None;
         }
     }
@@ -228,10 +228,10 @@ impl Zero {
         for u in self.units.iter_mut().filter(|u| u.tied_to.is_none()) {
             u.step(&adam);
             if self.settings.stage > 0
-                && let Held::Whole(_) = u.weights
+                && let WeightBuffer::Whole(_) = u.weights
             {
-                let Held::Whole(whole) = std::mem::replace(&mut u.weights, Held::Nothing) else { unreachable!("checked above") };
-                u.weights = Held::Whole(self.shard.all_gather(whole)?.wait()?);
+                let WeightBuffer::Whole(whole) = std::mem::replace(&mut u.weights, WeightBuffer::Nothing) else { unreachable!("checked above") };
+                u.weights = WeightBuffer::Whole(self.shard.all_gather(whole)?.wait()?);
             }
         }
         Ok(())
@@ -255,17 +255,17 @@ impl Zero {
             if let Some(master) = &u.master {
                 let length = u.mine.len();
                 let slice = match &mut u.weights {
-                    Held::Whole(whole) => whole.view_mut().part(u.mine.clone(), [length]),
-                    Held::Sharded { mine, .. } => mine.view_mut(),
-                    Held::Nothing => unreachable!("only a tied unit has no weights"),
+                    WeightBuffer::Whole(whole) => whole.view_mut().part(u.mine.clone(), [length]),
+                    WeightBuffer::Sharded { mine, .. } => mine.view_mut(),
+                    WeightBuffer::Nothing => unreachable!("only a tied unit has no weights"),
                 };
                 elementwise::cast(slice, master.view());
             }
             if self.settings.stage > 0
-                && let Held::Whole(_) = u.weights
+                && let WeightBuffer::Whole(_) = u.weights
             {
-                let Held::Whole(whole) = std::mem::replace(&mut u.weights, Held::Nothing) else { unreachable!("checked above") };
-                u.weights = Held::Whole(self.shard.all_gather(whole)?.wait()?);
+                let WeightBuffer::Whole(whole) = std::mem::replace(&mut u.weights, WeightBuffer::Nothing) else { unreachable!("checked above") };
+                u.weights = WeightBuffer::Whole(self.shard.all_gather(whole)?.wait()?);
             }
         }
         Ok(())
@@ -273,7 +273,7 @@ impl Zero {
 
     fn gather(&mut self, unit: usize) -> Result<()> {
         let u = &mut self.units[unit];
-        let Held::Sharded { mine, whole } = &mut u.weights else { return Ok(()) };
+        let WeightBuffer::Sharded { mine, whole } = &mut u.weights else { return Ok(()) };
         if whole.is_none() {
             let mut empty = self.device.empty([u.layout.numel], self.settings.dtype);
             empty.view_mut().part(u.mine.clone(), [u.mine.len()]).copy_from(mine.view());
@@ -302,9 +302,9 @@ impl UnitState {
         let mine = index * length..(index + 1) * length;
         let owns = tied_to.is_none();
         let weights = match (owns, settings.stage) {
-            (false, _) => Held::Nothing,
-            (true, 3) => Held::Sharded { mine: device.zeros([length], settings.dtype), whole: None },
-            (true, _) => Held::Whole(device.zeros([layout.numel], settings.dtype)),
+            (false, _) => WeightBuffer::Nothing,
+            (true, 3) => WeightBuffer::Sharded { mine: device.zeros([length], settings.dtype), whole: None },
+            (true, _) => WeightBuffer::Whole(device.zeros([layout.numel], settings.dtype)),
         };
         let master = (owns && settings.dtype != Dtype::F32).then(|| device.zeros([length], Dtype::F32));
         let moments = owns.then(|| [device.zeros([length], Dtype::F32), device.zeros([length], Dtype::F32)]);
@@ -325,6 +325,24 @@ impl UnitState {
         self.lanes.push((level + 1, left));
     }
 
+    /// Bytes of gradient buffers at this moment.
+    pub fn gradient_bytes(&self) -> usize {
+        let lanes = self.lanes.iter().map(|(_, sum)| sum.bytes()).sum::<usize>();
+        lanes
+            + match &self.gradients {
+                Gradients::Clean(buffer) => buffer.as_ref().map_or(0, Tensor::bytes),
+                Gradients::Adding(sum) | Gradients::Reduced(sum) => sum.bytes(),
+                Gradients::Reducing(_) => 0,
+            }
+    }
+
+    /// The step's gradient of `mine`.
+    pub fn gradient_mine(&mut self) -> View<'_> {
+        let length = self.mine.len();
+        let range = self.mine.clone();
+        self.gradients.reduced().view().part(range, [length])
+    }
+
     fn step(&mut self, adam: &Adam) {
         let Gradients::Reduced(grads) = &self.gradients else { panic!("an update before the reduction") };
         let [first, second] = self.moments.as_mut().expect("only a tied unit has no moments");
@@ -335,9 +353,9 @@ impl UnitState {
             let gradient = grads.view().part(range.clone(), shape);
             let (m, v) = (first.view_mut().part(local.clone(), shape), second.view_mut().part(local.clone(), shape));
             let weights = match &mut self.weights {
-                Held::Whole(whole) => whole.view_mut().part(range, shape),
-                Held::Sharded { mine, .. } => mine.view_mut().part(local.clone(), shape),
-                Held::Nothing => unreachable!("only a tied unit has no weights"),
+                WeightBuffer::Whole(whole) => whole.view_mut().part(range, shape),
+                WeightBuffer::Sharded { mine, .. } => mine.view_mut().part(local.clone(), shape),
+                WeightBuffer::Nothing => unreachable!("only a tied unit has no weights"),
             };
             match &mut self.master {
                 None => adamw::step(weights, m, v, gradient, &adam),
@@ -347,11 +365,19 @@ impl UnitState {
     }
 }
 
-impl Held {
+impl WeightBuffer {
+    pub fn bytes(&self) -> usize {
+        match self {
+            WeightBuffer::Nothing => 0,
+            WeightBuffer::Whole(whole) => whole.bytes(),
+            WeightBuffer::Sharded { mine, whole } => mine.bytes() + whole.as_ref().map_or(0, Tensor::bytes),
+        }
+    }
+
     fn whole(&self) -> View<'_> {
         match self {
-            Held::Whole(whole) | Held::Sharded { whole: Some(whole), .. } => whole.view(),
-            Held::Sharded { whole: None, .. } | Held::Nothing => panic!("weights are used before they are gathered"),
+            WeightBuffer::Whole(whole) | WeightBuffer::Sharded { whole: Some(whole), .. } => whole.view(),
+            WeightBuffer::Sharded { whole: None, .. } | WeightBuffer::Nothing => panic!("weights are used before they are gathered"),
         }
     }
 }

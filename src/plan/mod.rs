@@ -9,7 +9,8 @@ pub mod mesh;
 pub mod schedule;
 pub mod simulate;
 
-use crate::config::{Config, Model, Problem, Recompute, SumOrder};
+use crate::config::source::Problem;
+use crate::config::{Config, Model, Recompute, SumOrder};
 use crate::dtype::Dtype;
 use catalog::{Kind, Unit};
 use layout::{Share, UnitLayout};

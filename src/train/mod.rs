@@ -1,9 +1,12 @@
-//! train
+//! One training run.
 
 pub mod evaluate;
+pub mod forecast;
 pub mod learning_rate;
 pub mod loss_scale;
+pub mod generate;
 pub mod rehearsal;
 pub mod report;
+pub mod resume;
 pub mod run;
 pub mod step;

@@ -1,0 +1,118 @@
+//! The state of training in and out of the flat buffers: initial values, imported weights, checkpoints.
+//!
+//! Invariant: everything passes as boxes of global tensors, so what is read does not depend on the layout that wrote it.
+
+use crate::checkpoint::index::Kind;
+use crate::checkpoint::save::Shard;
+use crate::device::tensor::{Tensor, View, ViewMut};
+use crate::dtype::Dtype;
+use crate::parallel::zero::{UnitState, WeightBuffer, Zero};
+use crate::plan::layout::Piece;
+use anyhow::Result;
+
+/// Gives the f32 numbers of boxes: which unit of the rank, the boxes, and the buffer that their `flat` ranges count in.
+pub type Source<'a> = dyn FnMut(usize, &[Piece], &mut [f32]) -> Result<()> + 'a;
+
+/// Bytes that a rank's units hold between steps.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Held {
+    pub weights: usize,
+    pub gradients: usize,
+    /// Master weights and moments.
+    pub optimizer: usize,
+}
+
+impl Zero {
+    pub fn held(&self) -> Held {
+        let mut held = Held::default();
+        for u in &self.units {
+            held.weights += u.weights.bytes();
+            held.gradients += u.gradient_bytes();
+            let moments = u.moments.iter().flatten();
+            held.optimizer += u.master.iter().chain(moments).map(Tensor::bytes).sum::<usize>();
+        }
+        held
+    }
+
+    /// Sets the weights, in f32 where the run keeps them so, and gives every rank what it must hold.
+    pub fn load_weights(&mut self, source: &mut Source<'_>) -> Result<()> {
+        for (index, u) in self.units.iter_mut().enumerate().filter(|(_, u)| u.tied_to.is_none()) {
+            let values = u.read(index, source)?;
+            match &mut u.master {
+                Some(master) => master.view_mut().write(&values),
+                None => u.weights_mine_mut().write(&values),
+            }
+        }
+        self.spread_weights()
+    }
+
+    /// Sets the first (`which` 0) or second (1) moments.
+    pub fn load_moments(&mut self, which: usize, source: &mut Source<'_>) -> Result<()> {
+        for (index, u) in self.units.iter_mut().enumerate().filter(|(_, u)| u.tied_to.is_none()) {
+            let values = u.read(index, source)?;
+            u.moments.as_mut().expect("only a tied unit has no moments")[which].view_mut().write(&values);
+        }
+        Ok(())
+    }
+
+    /// What this rank answers for in a checkpoint, copied to the host.
+    pub fn shards(&self) -> Vec<Shard> {
+        if !self.settings.speaks {
+            return Vec::new();
+        }
+        let mut shards = Vec::new();
+        for u in self.units.iter().filter(|u| u.tied_to.is_none()) {
+            let pieces = u.pieces(true);
+            let [first, second] = u.moments.as_ref().expect("only a tied unit has no moments");
+            let mut push = |kind, dtype, x: View<'_>| shards.push(Shard { kind, dtype, pieces: pieces.clone(), bytes: x.to_bytes() });
+            push(Kind::Weights, self.settings.dtype, u.weights_mine());
+            if let Some(master) = &u.master {
+                push(Kind::Master, Dtype::F32, master.view());
+            }
+            push(Kind::ExpAvg, Dtype::F32, first.view());
+            push(Kind::ExpAvgSq, Dtype::F32, second.view());
+        }
+        shards
+    }
+
+    /// The gradients that `finish_reductions` left, as they would lie in a checkpoint. For comparison with a reference.
+    pub fn gradients(&mut self) -> Vec<(Vec<Piece>, Vec<f32>)> {
+        let owned = self.units.iter_mut().filter(|u| u.tied_to.is_none());
+        owned.map(|u| (u.pieces(true), u.gradient_mine().to_vec())).collect()
+    }
+}
+
+impl UnitState {
+    /// The boxes of this rank's slice, counted from its start. `owned`: only those that this rank answers for.
+    fn pieces(&self, owned: bool) -> Vec<Piece> {
+        let mut pieces = if owned { self.layout.pieces_owned(self.mine.clone()) } else { self.layout.pieces(self.mine.clone()) };
+        for piece in &mut pieces {
+            piece.flat = piece.flat.start - self.mine.start..piece.flat.end - self.mine.start;
+        }
+        pieces
+    }
+
+    fn read(&self, index: usize, source: &mut Source<'_>) -> Result<Vec<f32>> {
+        let mut values = vec![0.0; self.mine.len()];
+        source(index, &self.pieces(false), &mut values)?;
+        Ok(values)
+    }
+
+    fn weights_mine(&self) -> View<'_> {
+        let length = self.mine.len();
+        match &self.weights {
+            WeightBuffer::Whole(whole) => whole.view().part(self.mine.clone(), [length]),
+            WeightBuffer::Sharded { mine, .. } => Tensor::view(mine),
+            WeightBuffer::Nothing => unreachable!("only a tied unit has no weights"),
+        }
+    }
+
+    pub(in crate::parallel) fn weights_mine_mut(&mut self) -> ViewMut<'_> {
+        let length = self.mine.len();
+        match &mut self.weights {
+            WeightBuffer::Whole(whole) => whole.view_mut().part(self.mine.clone(), [length]),
+            WeightBuffer::Sharded { mine, .. } => mine.view_mut(),
+            WeightBuffer::Nothing => unreachable!("only a tied unit has no weights"),
+        }
+    }
+}
