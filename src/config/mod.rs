@@ -6,7 +6,14 @@
 //! Invariant: a `Config` that exists has passed every check that needs neither a device, nor the world's size, nor the data.
 //! `Config::to_toml` loads back equal.
 
+pub mod check;
 pub mod choice;
+pub mod hugging_face;
+pub mod load;
+pub mod load_model;
+pub mod load_train;
+pub mod reader;
+pub mod source;
 
 use crate::dtype::Dtype;
 use choice::name;
@@ -62,7 +69,8 @@ pub struct Model {
     pub vocab_size: usize,
     /// Longest sequence. Default: `train.seq_len`.
     pub max_position_embeddings: usize,
-    /// Base of the rotary frequencies (llama only). Default 10000.
+    /// Base of the rotary frequencies (llama only; 0 for gpt2). Default 10000.
+    #[serde(skip_serializing_if = "is_zero")]
     pub rope_theta: f64,
     /// Stretching of the rotary frequencies (llama only). Default: none.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -333,4 +341,8 @@ pub enum DeviceKind {
     Cpu,
     Cuda,
     Emulated,
+}
+
+fn is_zero(value: &f64) -> bool {
+    *value == 0.0
 }
