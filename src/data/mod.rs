@@ -6,7 +6,10 @@
 //! Invariant: the rows of a step are a function of (files, seed, step, row). Nothing here has a position that a resume would need.
 
 pub mod corpus;
+pub mod files;
 pub mod loader;
 pub mod prepare;
 pub mod sampler;
+pub mod shards;
+pub mod sources;
 pub mod tokenizer;
