@@ -134,7 +134,7 @@ fn adamw_is_its_definition() {
         let [a, b, c] = &mut other;
         adamw::step(a.view_mut(), b.view_mut(), c.view_mut(), g.view(), &adam);
         let [a, b, c] = &mut state;
-        adamw::step_and_cast(a.view_mut(), b.view_mut(), c.view_mut(), g.view(), &adam, weights.view_mut());
+        adamw::step_and_cast(a.view_mut(), b.view_mut(), c.view_mut(), g.view(), weights.view_mut(), &adam);
         assert!(state.iter().zip(&other).all(|(x, y)| bits(x.view()) == bits(y.view())), "both forms are one");
     }
     for (name, got, truth) in [("p", &state[0], &p), ("m", &state[1], &m), ("v", &state[2], &v)] {
@@ -273,7 +273,7 @@ fn all_results(device: &Device) -> Vec<(&'static str, Tensor)> {
     elementwise::scale(v.view_mut(), 0.0);
     let adam = Adam { beta1: 0.9, beta2: 0.95, eps: 1e-8, rate: 1e-3, decay: 0.1, step: 3, scale: 1.0 };
     let mut rounded = device.empty([n, c], dtype);
-    adamw::step_and_cast(p.view_mut(), m.view_mut(), v.view_mut(), logits.view(), &adam, rounded.view_mut());
+    adamw::step_and_cast(p.view_mut(), m.view_mut(), v.view_mut(), logits.view(), rounded.view_mut(), &adam);
     vec![
         ("rms dx", norm::rms_backward(dy.view(), x.view(), w.view(), r.view())),
         ("layer dx", norm::layer_backward(dy.view(), x.view(), w.view(), stats.view())),
