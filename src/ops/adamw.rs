@@ -76,7 +76,7 @@ pub fn step(mut p: ViewMut<'_>, mut m: ViewMut<'_>, mut v: ViewMut<'_>, g: View<
 }
 
 /// The same, and `weights` = p, rounded to their dtype, in the same pass over memory.
-pub fn step_and_cast(mut p: ViewMut<'_>, mut m: ViewMut<'_>, mut v: ViewMut<'_>, g: View<'_>, adam: &Adam, mut weights: ViewMut<'_>) {
+pub fn step_and_cast(mut p: ViewMut<'_>, mut m: ViewMut<'_>, mut v: ViewMut<'_>, g: View<'_>, mut weights: ViewMut<'_>, adam: &Adam) {
     check(&p, &m, &v, g);
     assert_eq!(weights.shape().numel(), g.shape().numel(), "weights as long as their gradient");
     let scalars = adam.scalars();

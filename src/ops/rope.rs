@@ -23,10 +23,10 @@ pub enum Scaling {
     None,
     /// Wavelengths above `original / low` are stretched by `factor`, those below `original / high` stay, between is a smooth passage.
     Llama3 {
-        factor: f32,
-        low: f32,
-        high: f32,
-        original: f32,
+        factor: f64,
+        low: f64,
+        high: f64,
+        original: usize,
     },
 }
 
@@ -64,6 +64,7 @@ fn frequencies(head_dim: usize, theta: f64, scaling: Scaling) -> Vec<f32> {
 
 fn scaled(frequency: f32, scaling: Scaling) -> f32 {
     let Scaling::Llama3 { factor, low, high, original } = scaling else { return frequency };
+    let (factor, low, high, original) = (factor as f32, low as f32, high as f32, original as f32);
     let wavelength = TAU / frequency;
     if wavelength < original / high {
         frequency
@@ -124,8 +125,8 @@ mod tests {
     /// Values that Hugging Face transformers computes for the two Llama models.
     #[test]
     fn frequencies_are_those_of_llama() {
-        let llama_31 = Scaling::Llama3 { factor: 8.0, low: 1.0, high: 4.0, original: 8192.0 };
-        let llama_32 = Scaling::Llama3 { factor: 32.0, low: 1.0, high: 4.0, original: 8192.0 };
+        let llama_31 = Scaling::Llama3 { factor: 8.0, low: 1.0, high: 4.0, original: 8192 };
+        let llama_32 = Scaling::Llama3 { factor: 32.0, low: 1.0, high: 4.0, original: 8192 };
         let golden_31 = [
             (0, 1.0),
             (1, 0.814617217),
