@@ -61,7 +61,9 @@ struct Step {
 /// What follows when a backward pass has added a unit's gradients.
 #[derive(Clone, Copy)]
 enum Finish {
-    Now { reduce: bool },
+    Now {
+        reduce: bool,
+    },
     /// The matrices' gradients come with `backward_weight`, and all else after them.
     Later,
 }

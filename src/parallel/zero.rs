@@ -67,7 +67,10 @@ pub(in crate::parallel) enum WeightBuffer {
     Nothing,
     Whole(Tensor),
     /// Only `mine`; the whole is there while it is used.
-    Sharded { mine: Tensor, whole: Option<Tensor> },
+    Sharded {
+        mine: Tensor,
+        whole: Option<Tensor>,
+    },
 }
 
 enum Gradients {
