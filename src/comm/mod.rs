@@ -6,12 +6,14 @@
 //! Invariant: a sum over ranks is the balanced binary tree over rank order (`tree`), each node an f32 addition rounded to the
 //! tensor's dtype, whatever the transport.
 
+pub mod call;
 pub mod connect;
 pub mod metered;
 pub mod rendezvous;
 pub mod solo;
 pub mod tcp;
 pub mod threads;
+pub mod tree;
 
 use crate::device::tensor::Tensor;
 use anyhow::Result;
