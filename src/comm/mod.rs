@@ -6,6 +6,7 @@
 //! Invariant: a sum over ranks is the balanced binary tree over rank order (`tree`), each node an f32 addition rounded to the
 //! tensor's dtype, whatever the transport.
 
+pub mod call;
 pub mod connect;
 pub mod dry;
 pub mod groups;
@@ -14,6 +15,7 @@ pub mod rendezvous;
 pub mod solo;
 pub mod tcp;
 pub mod threads;
+pub mod tree;
 
 use crate::device::tensor::Tensor;
 use anyhow::Result;
