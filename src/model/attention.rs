@@ -84,7 +84,7 @@ impl Attention {
         let Saved { x, stats, normed, qkv, out, lse } = saved;
         let (t, rotated) = (tokens.t, self.heads.query + self.heads.kv);
         if let Some(bias) = self.o_bias {
-            reduce::sum_rows(g.rows(&[bias]), dy.view(), t);
+            reduce::sum_rows(g.stream(bias), dy.view(), t);
         }
         g.matrices(&[self.o], &dy, &out, t);
         let dout = matmul::backward_input(dy.view(), w.get(self.o));
@@ -94,7 +94,7 @@ impl Attention {
             rope::backward(dqkv.view_mut(), rotated, self.heads.dim, table, tokens.positions);
         }
         if let Some(bias) = self.qkv_bias {
-            reduce::sum_rows(g.rows(&bias), dqkv.view(), t);
+            reduce::sum_rows(g.columns(&bias), dqkv.view(), t);
         }
         let normed = match normed {
             Some(normed) => normed,

@@ -64,10 +64,10 @@ pub fn rope_table(model: &Model, t: usize, device: &Device) -> Option<Tensor> {
     let scaling = match &model.rope_scaling {
         None => rope::Scaling::None,
         Some(RopeScaling { factor, low_freq_factor, high_freq_factor, original_max_position_embeddings, .. }) => rope::Scaling::Llama3 {
-            factor: *factor as f32,
-            low: *low_freq_factor as f32,
-            high: *high_freq_factor as f32,
-            original: *original_max_position_embeddings,
+            factor: *factor,
+            low: *low_freq_factor,
+            high: *high_freq_factor,
+            original: *original_max_position_embeddings as f64,
         },
     };
     (model.family == Family::Llama).then(|| rope::table(device, model.head_dim, model.rope_theta, scaling, t))

@@ -70,7 +70,7 @@ impl Mlp {
     pub fn backward(&self, w: Weights<'_>, g: &mut Grads<'_>, saved: Saved, dy: Arc<Tensor>, t: usize) -> Result<Tensor> {
         let Saved { x, stats, normed, wide, hidden } = saved;
         if let Some(bias) = self.down_bias {
-            reduce::sum_rows(g.rows(&[bias]), dy.view(), t);
+            reduce::sum_rows(g.stream(bias), dy.view(), t);
         }
         let hidden = hidden.unwrap_or_else(|| Arc::new(self.activate(wide.view())));
         g.matrices(&[self.down], &dy, &hidden, t);
@@ -82,7 +82,7 @@ impl Mlp {
         };
         drop((dhidden, wide));
         if let Some(bias) = self.wide_bias {
-            reduce::sum_rows(g.rows(&[bias]), dwide.view(), t);
+            reduce::sum_rows(g.columns(&[bias]), dwide.view(), t);
         }
         let normed = match normed {
             Some(normed) => normed,

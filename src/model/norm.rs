@@ -41,12 +41,12 @@ impl Norm {
     pub fn backward(&self, w: Weights<'_>, g: &mut Grads<'_>, dy: View<'_>, x: View<'_>, stats: View<'_>, t: usize) -> Tensor {
         match *self {
             Norm::Rms { weight, .. } => {
-                norm::rms_backward_weight(g.rows(&[weight]), dy, x, stats, t);
+                norm::rms_backward_weight(g.stream(weight), dy, x, stats, t);
                 norm::rms_backward(dy, x, w.get(weight), stats)
             }
             Norm::Layer { weight, bias, .. } => {
-                norm::layer_backward_weight(g.rows(&[weight]), dy, x, stats, t);
-                reduce::sum_rows(g.rows(&[bias]), dy, t);
+                norm::layer_backward_weight(g.stream(weight), dy, x, stats, t);
+                reduce::sum_rows(g.stream(bias), dy, t);
                 norm::layer_backward(dy, x, w.get(weight), stats)
             }
         }

@@ -16,7 +16,7 @@ use crate::ops::reduce::LossSum;
 use crate::parallel::flat::Deferred;
 use crate::parallel::pipeline;
 use crate::parallel::tensor_parallel::Region;
-use crate::parallel::zero::{Settings, Zero};
+use crate::parallel::zero::Zero;
 use crate::plan::schedule::Slot;
 use crate::plan::{Plan, RankPlan};
 use anyhow::Result;
@@ -36,7 +36,6 @@ pub struct Stage {
     hidden: usize,
     micro_rows: usize,
     dtype: Dtype,
-    micros_per_lane: usize,
     last_chunk: usize,
     now: Step,
 }
@@ -79,14 +78,7 @@ struct MicroBatch {
 impl Stage {
     /// Weights and moments are zero until they are initialised or loaded.
     pub fn new(plan: &Plan, rank: &RankPlan, device: &Device, groups: &Groups) -> Result<Stage> {
-        let settings = Settings {
-            stage: plan.zero,
-            dtype: plan.dtype,
-            lanes: rank.lanes,
-            speaks: rank.at.replicate == 0 && (plan.zero >= 1 || rank.at.shard == 0),
-        };
-        let units = rank.units.iter().map(|(unit, layout)| (plan.units[*unit].kind, layout.clone())).collect();
-        let zero = Zero::new(device, settings, units, groups.shard.clone(), groups.replica.clone())?;
+        let zero = Zero::new(plan, rank, device, groups);
         let region = Region::new(groups.tp.clone(), rank.share);
         let parts = family::parts(plan, rank, &region);
         let rope = family::rope_table(&plan.model, plan.t, device);
@@ -102,7 +94,6 @@ impl Stage {
             hidden: plan.model.hidden_size,
             micro_rows: plan.micro_rows(),
             dtype: plan.dtype,
-            micros_per_lane: rank.micros_per_lane,
             last_chunk: rank.chunks.len() - 1,
             now: Step::default(),
         })
@@ -243,23 +234,14 @@ impl Stage {
 
     /// A backward pass is through with `unit`.
     fn added(&mut self, unit: usize, slot: Slot, finish: Finish, deferred: Vec<Deferred>) -> Result<()> {
+        self.zero.release(unit);
         match finish {
-            Finish::Now { reduce } => self.done(unit, slot.micro, reduce),
+            Finish::Now { reduce } => self.zero.added(unit, slot.micro, reduce),
             Finish::Later => {
-                self.zero.release(unit);
                 self.now.deferred.entry(slot).or_default().push((unit, deferred));
                 Ok(())
             }
         }
-    }
-
-    /// This micro-batch's gradients of `unit` are added.
-    fn done(&mut self, unit: usize, micro: usize, reduce: bool) -> Result<()> {
-        self.zero.release(unit);
-        if (micro + 1).is_multiple_of(self.micros_per_lane) {
-            self.zero.end_lane(unit);
-        }
-        if reduce { self.zero.reduce(unit) } else { Ok(()) }
     }
 
     fn backward_blocks(&mut self, slot: Slot, mut dy: Tensor, finish: Finish) -> Result<Tensor> {
@@ -321,7 +303,8 @@ impl pipeline::Stage for Stage {
         for (unit, list) in self.now.deferred.remove(&slot).expect("the input's gradient before the weights'") {
             let (_, mut g) = self.zero.weights_and_grads(unit)?;
             g.catch_up(list);
-            self.done(unit, slot.micro, reduce)?;
+            self.zero.release(unit);
+            self.zero.added(unit, slot.micro, reduce)?;
         }
         Ok(())
     }

@@ -4,7 +4,7 @@
 
 use crate::device::tensor::{Tensor, View, ViewMut};
 use crate::ops::matmul;
-use crate::plan::layout::UnitLayout;
+use crate::plan::layout::{Place, UnitLayout};
 use crate::shape::Shape;
 use std::ops::Range;
 use std::sync::Arc;
@@ -25,6 +25,14 @@ pub struct Grads<'a> {
     layout: &'a UnitLayout,
     /// Where given, the matrices' gradients are not computed now but noted here.
     deferred: Option<&'a mut Vec<Deferred>>,
+    /// Where given, the vectors of the stream are added up here, each virtual shard of the rows apart.
+    stream: Option<StreamRows<'a>>,
+}
+
+/// `[chunks, length]` of each vector of the stream, one after the other.
+pub struct StreamRows<'a> {
+    pub flat: ViewMut<'a>,
+    pub chunks: usize,
 }
 
 /// A matrix's gradient still to be computed: what the weight half of a split backward pass runs on.
@@ -56,7 +64,11 @@ impl<'a> Weights<'a> {
 impl<'a> Grads<'a> {
     pub fn new(flat: ViewMut<'a>, layout: &'a UnitLayout) -> Grads<'a> {
         assert_eq!(flat.shape().numel(), layout.numel, "gradients of another layout");
-        Grads { flat, layout, deferred: None }
+        Grads { flat, layout, deferred: None, stream: None }
+    }
+
+    pub fn with_stream(self, stream: StreamRows<'a>) -> Grads<'a> {
+        Grads { stream: Some(stream), ..self }
     }
 
     /// From now on the gradients of matrices go into `list` instead.
@@ -89,8 +101,23 @@ impl<'a> Grads<'a> {
         self.flat.again().part(range, shape)
     }
 
-    /// Gradients of a vector that is a sum over rows of the stream: `[chunks, c]`, a row for each virtual shard of the rows.
-    pub fn rows(&mut self, ids: &[ParamId]) -> ViewMut<'_> {
+    /// The gradient of a vector that all tensor-parallel ranks hold and that is a sum over rows of the stream: `[chunks, c]`, a row
+    /// for each virtual shard of the rows.
+    pub fn stream(&mut self, id: ParamId) -> ViewMut<'_> {
+        let place = &self.layout.places[id];
+        let length = place.flat.len();
+        match &mut self.stream {
+            None => self.flat.again().part(place.flat.clone(), [1, length]),
+            Some(StreamRows { flat, chunks }) => {
+                let at = |p: &&Place| p.flat == place.flat;
+                let (_, offset) = self.layout.stream_places().find(|(p, _)| at(p)).expect("a vector that every rank holds");
+                flat.again().part(*chunks * offset..*chunks * (offset + length), [*chunks, length])
+            }
+        }
+    }
+
+    /// The gradient of stacked vectors that are cut over tensor parallelism, sums over all rows: `[1, o_tp]`.
+    pub fn columns(&mut self, ids: &[ParamId]) -> ViewMut<'_> {
         let (range, shape) = stacked(self.layout, ids);
         self.flat.again().part(range, [1, shape.numel()])
     }

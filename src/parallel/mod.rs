@@ -1,6 +1,7 @@
 //! The ways of being many: tensor, pipeline and ZeRO-sharded data parallelism.
 
 pub mod flat;
+pub mod gradients;
 pub mod pipeline;
 pub mod state;
 pub mod tensor_parallel;

@@ -4,7 +4,7 @@
 
 use crate::checkpoint::index::Kind;
 use crate::checkpoint::save::Shard;
-use crate::device::tensor::{Tensor, View, ViewMut};
+use crate::device::tensor::{Tensor, View};
 use crate::dtype::Dtype;
 use crate::parallel::zero::{UnitState, WeightBuffer, Zero};
 use crate::plan::layout::Piece;
@@ -27,7 +27,7 @@ impl Zero {
         let mut held = Held::default();
         for u in &self.units {
             held.weights += u.weights.bytes();
-            held.gradients += u.gradient_bytes();
+            held.gradients += u.gradients.bytes();
             let moments = u.moments.iter().flatten();
             held.optimizer += u.master.iter().chain(moments).map(Tensor::bytes).sum::<usize>();
         }
@@ -36,7 +36,7 @@ impl Zero {
 
     /// Sets the weights, in f32 where the run keeps them so, and gives every rank what it must hold.
     pub fn load_weights(&mut self, source: &mut Source<'_>) -> Result<()> {
-        for (index, u) in self.units.iter_mut().enumerate().filter(|(_, u)| u.tied_to.is_none()) {
+        for (index, u) in self.units.iter_mut().enumerate().filter(|(_, u)| u.owns()) {
             let values = u.read(index, source)?;
             match &mut u.master {
                 Some(master) => master.view_mut().write(&values),
@@ -48,7 +48,7 @@ impl Zero {
 
     /// Sets the first (`which` 0) or second (1) moments.
     pub fn load_moments(&mut self, which: usize, source: &mut Source<'_>) -> Result<()> {
-        for (index, u) in self.units.iter_mut().enumerate().filter(|(_, u)| u.tied_to.is_none()) {
+        for (index, u) in self.units.iter_mut().enumerate().filter(|(_, u)| u.owns()) {
             let values = u.read(index, source)?;
             u.moments.as_mut().expect("only a tied unit has no moments")[which].view_mut().write(&values);
         }
@@ -57,15 +57,12 @@ impl Zero {
 
     /// What this rank answers for in a checkpoint, copied to the host.
     pub fn shards(&self) -> Vec<Shard> {
-        if !self.settings.speaks {
-            return Vec::new();
-        }
         let mut shards = Vec::new();
-        for u in self.units.iter().filter(|u| u.tied_to.is_none()) {
+        for u in self.units.iter().filter(|u| self.speaks && u.counts()) {
             let pieces = u.pieces(true);
             let [first, second] = u.moments.as_ref().expect("only a tied unit has no moments");
             let mut push = |kind, dtype, x: View<'_>| shards.push(Shard { kind, dtype, pieces: pieces.clone(), bytes: x.to_bytes() });
-            push(Kind::Weights, self.settings.dtype, u.weights_mine());
+            push(Kind::Weights, self.dtype, u.weights_mine());
             if let Some(master) = &u.master {
                 push(Kind::Master, Dtype::F32, master.view());
             }
@@ -76,9 +73,9 @@ impl Zero {
     }
 
     /// The gradients that `finish_reductions` left, as they would lie in a checkpoint. For comparison with a reference.
-    pub fn gradients(&mut self) -> Vec<(Vec<Piece>, Vec<f32>)> {
-        let owned = self.units.iter_mut().filter(|u| u.tied_to.is_none());
-        owned.map(|u| (u.pieces(true), u.gradient_mine().to_vec())).collect()
+    pub fn gradients(&self) -> Vec<(Vec<Piece>, Vec<f32>)> {
+        let owned = self.units.iter().filter(|u| self.speaks && u.counts());
+        owned.map(|u| (u.pieces(true), u.gradients.mine().to_vec())).collect()
     }
 }
 
@@ -103,16 +100,7 @@ impl UnitState {
         match &self.weights {
             WeightBuffer::Whole(whole) => whole.view().part(self.mine.clone(), [length]),
             WeightBuffer::Sharded { mine, .. } => Tensor::view(mine),
-            WeightBuffer::Nothing => unreachable!("only a tied unit has no weights"),
-        }
-    }
-
-    pub(in crate::parallel) fn weights_mine_mut(&mut self) -> ViewMut<'_> {
-        let length = self.mine.len();
-        match &mut self.weights {
-            WeightBuffer::Whole(whole) => whole.view_mut().part(self.mine.clone(), [length]),
-            WeightBuffer::Sharded { mine, .. } => mine.view_mut(),
-            WeightBuffer::Nothing => unreachable!("only a tied unit has no weights"),
+            WeightBuffer::Nothing => panic!("a unit tied to another of this rank has no weights"),
         }
     }
 }

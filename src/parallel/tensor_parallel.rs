@@ -52,20 +52,17 @@ impl Region {
 
     /// A row-parallel product, summed: x [n, i_tp], w [o, i_tp] -> y [n, o].
     pub fn leave_matmul(&self, x: View<'_>, w: View<'_>) -> Result<Tensor> {
-        self.leave(matmul::forward(x, w, self.shard_of(x.shape().columns())))
+        let local = x.shape().columns();
+        let shard = if self.share.local() == 1 { matmul::WHOLE } else { local.div_ceil(self.share.local()) };
+        self.leave(matmul::forward(x, w, shard))
     }
 
     /// The input's gradient of a column-parallel product, summed: dy [n, o_tp], w [o_tp, i] -> dx [n, i]. `stacked`: how many rows
     /// of `w` each of the matrices has that lie in it one below the other.
     pub fn enter_backward_matmul(&self, dy: View<'_>, w: View<'_>, stacked: &[usize]) -> Result<Tensor> {
         assert_eq!(stacked.iter().sum::<usize>(), w.shape()[0], "the stacked matrices are the whole of w");
-        assert!(stacked.len() == 1 || self.share.local() == 1, "several virtual shards of stacked matrices on one rank");
-        self.sum(matmul::backward_input(dy, w, self.shard_of(dy.shape().columns())))
-    }
-
-    /// The width of a virtual shard of a dim of which this rank holds `local`.
-    fn shard_of(&self, local: usize) -> usize {
-        if self.share.local() == 1 { matmul::WHOLE } else { local.div_ceil(self.share.local()) }
+        assert_eq!(self.share.local(), 1, "one virtual shard on a rank");
+        self.sum(matmul::backward_input(dy, w))
     }
 
     /// Sums over the vocabulary, or any other partial sum that all ranks of the region need.

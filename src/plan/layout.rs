@@ -99,6 +99,21 @@ impl UnitLayout {
         self.places.iter().position(|place| place.entry.role == role).unwrap_or_else(|| panic!("the catalog has no {role} in this unit"))
     }
 
+    /// The vectors that every tensor-parallel rank holds whole, whose gradients are sums over rows of the stream, each with the number
+    /// of elements before it.
+    pub fn stream_places(&self) -> impl Iterator<Item = (&Place, usize)> {
+        let vectors = self.places.iter().filter(|place| place.is_of_stream());
+        vectors.scan(0, |next, place| {
+            let offset = *next;
+            *next += place.flat.len();
+            Some((place, offset))
+        })
+    }
+
+    pub fn stream_length(&self) -> usize {
+        self.stream_places().map(|(place, _)| place.flat.len()).sum()
+    }
+
     /// The boxes that the elements `range` hold, in order.
     pub fn pieces(&self, range: Range<usize>) -> Vec<Piece> {
         let mut pieces = Vec::new();
@@ -168,6 +183,10 @@ impl Place {
         }
         let numel: usize = dims.iter().product();
         Place { entry: entry.clone(), start, dims, flat: at..at + numel }
+    }
+
+    fn is_of_stream(&self) -> bool {
+        self.dims.len() == 1 && self.entry.cut == Cut::Whole
     }
 
     /// A run of a row-major matrix is at most three boxes: the end of a row, whole rows, the beginning of a row.

@@ -60,10 +60,7 @@ fn ignore_beyond(batch: &mut Batch, windows: u64) {
 
 fn total(trainer: &Trainer, loss: LossSum, valid: u64) -> Result<f64> {
     let at = trainer.rank.at;
-    let (loss, valid) = (
-        if at.tp == 0 { loss } else { LossSum::default() },
-        if at.tp == 0 && at.pp == 0 { valid } else { 0 },
-    );
+    let (loss, valid) = (if at.tp == 0 { loss } else { LossSum::default() }, if at.tp == 0 && at.pp == 0 { valid } else { 0 });
     let mut message = loss.to_bytes();
     message.extend(valid.to_le_bytes());
     let (mut sum, mut count) = (LossSum::default(), 0);

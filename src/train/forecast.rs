@@ -1,6 +1,7 @@
 //! What `ferrotron plan` prints: the model, the mesh, the schedule, the memory, as text or JSON.
 
 use crate::config::Config;
+use crate::config::choice::Choice;
 use crate::plan::budget::{self, Flops};
 use crate::plan::catalog;
 use crate::plan::{Order, Plan};
@@ -50,7 +51,7 @@ fn footprints(config: &Config, plan: &Plan) -> Result<Vec<(usize, Footprint)>> {
 fn write_page(out: &mut String, config: &Config, plan: &Plan, footprints: &[(usize, Footprint)]) -> std::fmt::Result {
     let (model, mesh, flops) = (&plan.model, plan.mesh, Flops::of(plan));
     let parameters = catalog::parameters(&plan.units);
-    writeln!(out, "model      {} with {} layers of {}: {parameters} parameters", model.family, model.num_layers, model.hidden_size)?;
+    writeln!(out, "model      {} with {} layers of {}: {parameters} parameters", model.family.name(), model.num_layers, model.hidden_size)?;
     writeln!(
         out,
         "compute    {} FLOP a token, attention counted over the full square (PaLM, appendix B); {} with its causal half (Megatron-LM)",
@@ -80,10 +81,14 @@ fn write_page(out: &mut String, config: &Config, plan: &Plan, footprints: &[(usi
         Order::Lanes => "lanes",
         Order::Rows => "rows",
     };
-    writeln!(out, "geometry   shards {}, lanes {}, order {order}: the same bits on every layout that keeps them", plan.geometry.shards, plan.geometry.lanes)?;
+    writeln!(
+        out,
+        "geometry   shards {}, lanes {}, order {order}: the same bits on every layout that keeps them",
+        plan.geometry.shards, plan.geometry.lanes
+    )?;
     let micros = plan.rank(0).micros();
     writeln!(out, "schedule   {}, {micros} micro-batches of {} a rank", config.parallel.pp_schedule, plan.micro_batch)?;
-    writeln!(out, "precision  {}, recompute {}", plan.dtype, config.train.recompute)?;
+    writeln!(out, "precision  {}, recompute {}", plan.dtype, config.train.recompute.name())?;
     writeln!(out)?;
     writeln!(out, "memory of the device, by rank")?;
     writeln!(

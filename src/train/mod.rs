@@ -2,9 +2,9 @@
 
 pub mod evaluate;
 pub mod forecast;
+pub mod generate;
 pub mod learning_rate;
 pub mod loss_scale;
-pub mod generate;
 pub mod rehearsal;
 pub mod report;
 pub mod resume;

@@ -48,12 +48,5 @@ pub fn rehearse(config: &Config, plan: &Plan, index: usize) -> Result<Footprint>
 /// A batch without content.
 fn blank(rows: usize, t: usize) -> Batch {
     let zeros = vec![0; rows * t];
-    Batch {
-        rows: (0..rows).collect(),
-        seq_len: t,
-        inputs: zeros.clone(),
-        targets: zeros.clone(),
-        positions: zeros.clone(),
-        starts: zeros,
-    }
+    Batch { rows: (0..rows).collect(), seq_len: t, inputs: zeros.clone(), targets: zeros.clone(), positions: zeros.clone(), starts: zeros }
 }

@@ -63,7 +63,8 @@ pub fn load(trainer: &mut Trainer, checkpoint: &Checkpoint) -> Result<u64> {
     let place = || format!("loading {}", checkpoint.folder().display());
     let kind = if checkpoint.has(Kind::Master) { Kind::Master } else { Kind::Weights };
     let zero = &mut trainer.stage.zero;
-    zero.load_weights(&mut |_, pieces, out| checkpoint.read(kind, pieces, Dtype::F32, bytemuck::cast_slice_mut(out))).with_context(place)?;
+    zero.load_weights(&mut |_, pieces, out| checkpoint.read(kind, pieces, Dtype::F32, bytemuck::cast_slice_mut(out)))
+        .with_context(place)?;
     if !checkpoint.has(Kind::ExpAvg) {
         // An imported checkpoint: weights alone, before the first step.
         return Ok(facts.step);

@@ -1,0 +1,227 @@
+//! The gradients of one unit, from the first micro-batch of a step to their sum over all data-parallel ranks.
+//!
+//! What is added, in which order, is the run's geometry (`plan::Order`):
+//!
+//! - `Lanes`: a lane adds up its sequences; lanes are added in a balanced binary tree, those of this rank here, the rest by the
+//!   groups; one reduction a step.
+//! - `Rows`: the i-th micro-batch of every lane is added over the lanes in that tree, a reduction each; these sums are added in order.
+//!
+//! Gradients of vectors that are sums over rows of the stream (norms, biases of the stream) are added up for each virtual shard of
+//! the rows apart, and these sums in a tree at the end of a lane: so they are the same whether or not the rows are cut over tp.
+//!
+//! Invariant: a unit goes Clean -> Adding -> (Reducing -> Adding)* -> Reducing -> Total -> Clean; every transition is asserted.
+
+use crate::comm::{Group, Pending, Reduction};
+use crate::device::Device;
+use crate::device::tensor::{Tensor, View, ViewMut};
+use crate::dtype::Dtype;
+use crate::ops::{elementwise, reduce};
+use crate::parallel::flat::{Grads, StreamRows};
+use crate::plan::Order;
+use crate::plan::layout::UnitLayout;
+use anyhow::Result;
+use std::ops::Range;
+use std::sync::Arc;
+
+/// How this rank adds up gradients.
+#[derive(Clone)]
+pub struct Rules {
+    pub order: Order,
+    /// Lanes of the canonical sum that this rank owns.
+    pub lanes: usize,
+    /// Virtual shards into which this rank cuts the rows of its stream.
+    pub chunks: usize,
+    /// Whole buffers stay from step to step (stages 0 and 1, in the order of lanes, with one lane).
+    pub keep: bool,
+    /// The sum is cut over the shard group (stages 1 to 3).
+    pub sliced: bool,
+    pub shard: Arc<dyn Group>,
+    pub replica: Arc<dyn Group>,
+    /// Sums the vectors of a sequence-parallel stream; a group of one where the stream is whole.
+    pub stream: Arc<dyn Group>,
+}
+
+pub struct Gradients {
+    device: Device,
+    numel: usize,
+    /// The slice of the flat buffer whose sum this rank needs.
+    mine: Range<usize>,
+    /// Of the lane, or micro-batch, that is being added: the flat buffer, and `[chunks, length]` of each vector of the stream.
+    sum: Option<Tensor>,
+    stream: Option<Tensor>,
+    /// Sums of subtrees of this rank's lanes, with their height.
+    lanes: Vec<(usize, Tensor)>,
+    reducing: Option<Pending>,
+    /// Where `mine` lies in it is `total_start`.
+    total: Option<Tensor>,
+    total_start: usize,
+    complete: bool,
+}
+
+impl Gradients {
+    pub fn new(device: &Device, rules: &Rules, layout: &UnitLayout, mine: Range<usize>) -> Gradients {
+        let sum = rules.keep.then(|| device.zeros([layout.numel], Dtype::F32));
+        Gradients {
+            device: device.clone(),
+            numel: layout.numel,
+            mine,
+            sum,
+            stream: None,
+            lanes: Vec::new(),
+            reducing: None,
+            total: None,
+            total_start: 0,
+            complete: false,
+        }
+    }
+
+    /// Buffers to add a micro-batch's gradients to.
+    pub fn adding<'a>(&'a mut self, rules: &Rules, layout: &'a UnitLayout) -> Result<Grads<'a>> {
+        assert!(!self.complete, "a gradient arrives after the step's sum is complete");
+        if self.reducing.is_some() {
+            self.fold_reduction(rules)?;
+        }
+        let device = &self.device;
+        let sum = self.sum.get_or_insert_with(|| device.zeros([layout.numel], Dtype::F32));
+        let grads = Grads::new(sum.view_mut(), layout);
+        if !uses_stream(rules) || layout.stream_length() == 0 {
+            return Ok(grads);
+        }
+        let length = rules.chunks * layout.stream_length();
+        let stream = self.stream.get_or_insert_with(|| device.zeros([length], Dtype::F32));
+        Ok(grads.with_stream(StreamRows { flat: stream.view_mut(), chunks: rules.chunks }))
+    }
+
+    /// The buffers now hold all of one lane (or, in the order of rows, one micro-batch of it).
+    pub fn end_lane(&mut self, rules: &Rules, layout: &UnitLayout) -> Result<()> {
+        if let Some(stream) = self.stream.take() {
+            let sum = self.sum.as_mut().expect("the stream is part of a sum");
+            fold_stream(sum, stream, rules, layout)?;
+        }
+        if rules.lanes > 1 {
+            self.lanes.push((0, self.sum.take().expect("a lane that added something")));
+            while let [.., (low, _), (high, _)] = self.lanes[..]
+                && low == high
+            {
+                self.fold_lanes();
+            }
+        }
+        Ok(())
+    }
+
+    /// The sum of this rank's lanes is there: starts adding it up over the data-parallel ranks.
+    pub fn reduce(&mut self, rules: &Rules) -> Result<()> {
+        while self.lanes.len() > 1 {
+            self.fold_lanes();
+        }
+        let sum = self.lanes.pop().map(|(_, sum)| sum).or_else(|| self.sum.take()).expect("a reduction of what was added");
+        let pending =
+            if rules.sliced { rules.shard.reduce_scatter(sum, Reduction::Sum) } else { rules.shard.all_reduce(sum, Reduction::Sum) };
+        assert!(self.reducing.is_none(), "one reduction of a unit at a time");
+        self.reducing = Some(pending?);
+        Ok(())
+    }
+
+    /// Waits for the last reduction: `mine` is then complete.
+    pub fn finish(&mut self, rules: &Rules) -> Result<()> {
+        assert!(self.reducing.is_some() && self.sum.is_none(), "a step ends with the reduction of every unit under way");
+        self.fold_reduction(rules)?;
+        self.complete = true;
+        Ok(())
+    }
+
+    /// The step's gradient of the slice.
+    pub fn mine(&self) -> View<'_> {
+        assert!(self.complete, "a gradient is read before its sum is complete");
+        let length = self.mine.len();
+        self.total.as_ref().expect("complete").view().part(self.total_start..self.total_start + length, [length])
+    }
+
+    pub fn mine_mut(&mut self) -> ViewMut<'_> {
+        assert!(self.complete, "a gradient is written before its sum is complete");
+        let length = self.mine.len();
+        let range = self.total_start..self.total_start + length;
+        self.total.as_mut().expect("complete").view_mut().part(range, [length])
+    }
+
+    /// Forgets the step.
+    pub fn clear(&mut self, rules: &Rules) {
+        assert!(self.lanes.is_empty() && self.reducing.is_none(), "a step leaves nothing behind");
+        self.complete = false;
+        self.total_start = 0;
+        let total = self.total.take();
+        if let (true, Some(mut whole)) = (rules.keep, total) {
+            whole.view_mut().fill_zero();
+            self.sum = Some(whole);
+        }
+    }
+
+    /// Bytes of the buffers at this moment.
+    pub fn bytes(&self) -> usize {
+        let single = [&self.sum, &self.stream, &self.total].into_iter().flatten();
+        single.chain(self.lanes.iter().map(|(_, sum)| sum)).map(Tensor::bytes).sum()
+    }
+
+    /// Adds the last two lane sums into one.
+    fn fold_lanes(&mut self) {
+        let (_, right) = self.lanes.pop().expect("two lanes to add");
+        let (height, mut left) = self.lanes.pop().expect("two lanes to add");
+        elementwise::add(left.view_mut(), right.view());
+        self.lanes.push((height + 1, left));
+    }
+
+    /// Takes in the reduction under way.
+    fn fold_reduction(&mut self, rules: &Rules) -> Result<()> {
+        let whole = self.reducing.take().expect("a reduction under way").wait()?;
+        let (start, length) = (self.mine.start, self.mine.len());
+        if rules.keep && rules.replica.size() == 1 {
+            (self.total, self.total_start) = (Some(whole), start);
+            return Ok(());
+        }
+        if rules.keep {
+            let mut whole = whole;
+            let mut mine = self.device.empty([length], Dtype::F32);
+            mine.view_mut().copy_from(whole.view().part(self.mine.clone(), [length]));
+            let mine = rules.replica.all_reduce(mine, Reduction::Sum)?.wait()?;
+            whole.view_mut().part(self.mine.clone(), [length]).copy_from(mine.view());
+            (self.total, self.total_start) = (Some(whole), start);
+            return Ok(());
+        }
+        let mine = if length == self.numel {
+            whole
+        } else {
+            let mut mine = self.device.empty([length], Dtype::F32);
+            mine.view_mut().copy_from(whole.view().part(self.mine.clone(), [length]));
+            mine
+        };
+        let mine = rules.replica.all_reduce(mine, Reduction::Sum)?.wait()?;
+        match &mut self.total {
+            Some(total) => elementwise::add(total.view_mut(), mine.view()),
+            None => self.total = Some(mine),
+        }
+        Ok(())
+    }
+}
+
+/// Whether vectors of the stream are added up apart from the flat buffer.
+fn uses_stream(rules: &Rules) -> bool {
+    rules.chunks > 1 || rules.stream.size() > 1
+}
+
+/// The tree over the virtual shards of the rows, those of this rank first; the result goes to its place in the flat buffer.
+fn fold_stream(sum: &mut Tensor, stream: Tensor, rules: &Rules, layout: &UnitLayout) -> Result<()> {
+    let mut folded = sum.device().empty([layout.stream_length()], Dtype::F32);
+    let places: Vec<_> = layout.stream_places().collect();
+    for (place, offset) in &places {
+        let length = place.flat.len();
+        let rows = stream.view().part(rules.chunks * offset..rules.chunks * (offset + length), [rules.chunks, length]);
+        let row = reduce::tree_rows(rows);
+        folded.view_mut().part(*offset..offset + length, [length]).copy_from(row.view());
+    }
+    let folded = rules.stream.all_reduce(folded, Reduction::Sum)?.wait()?;
+    for (place, offset) in &places {
+        let length = place.flat.len();
+        sum.view_mut().part(place.flat.clone(), [length]).copy_from(folded.view().part(*offset..offset + length, [length]));
+    }
+    Ok(())
+}
