@@ -6,6 +6,7 @@ pub mod budget;
 pub mod catalog;
 pub mod layout;
 pub mod mesh;
+pub mod picture;
 pub mod schedule;
 pub mod simulate;
 
