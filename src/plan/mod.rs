@@ -9,6 +9,7 @@ pub mod mesh;
 pub mod picture;
 pub mod schedule;
 pub mod simulate;
+pub mod stages;
 
 use crate::config::source::Problem;
 use crate::config::{Config, Model, Recompute, SumOrder};
