@@ -1,7 +1,7 @@
 //! Every schedule, exhaustively for small pipelines: valid on links of any size, with the published bubbles and live activations;
 //! and the simulator refuses what is broken.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use ferrotron::plan::schedule::passes::Reductions;
 use ferrotron::plan::schedule::{Action, NAMES, Pass, Placement, Route, Schedule, Slot, by_name, text};
@@ -192,7 +192,7 @@ proptest! {
         prop_assert!(tighter.seconds_total >= proof.seconds_total - 1e-9, "smaller links made it faster");
     }
 
-    /// Lists that a user might write, in any order that keeps to the rules on each rank alone: the simulator's verdict is the declared one.
+    /// An action removed, doubled or moved: the simulator accepts what the declared rules accept, and nothing else.
     #[test]
     fn broken_schedules_are_refused(which in 0usize..11, ranks in 1usize..5, micros in 1usize..5, seed: u64, kind in 0usize..4) {
         let (name, chunks) = variants()[which];
@@ -216,85 +216,76 @@ proptest! {
     }
 }
 
+/// An action by rank and place in its list.
+type Node = (usize, usize);
+/// What an action does to which slot: no list has the same twice.
+type Deed = (&'static str, Slot);
+
 /// The rules a second time, declared rather than run: exactly the right actions, in an order that one order of everything extends.
 fn valid(schedule: &Schedule) -> bool {
-    let placement = &schedule.placement;
-    let mut before: Vec<((usize, usize), (usize, usize))> = Vec::new();
-    let mut sent: HashMap<(usize, usize, Pass), Vec<(Slot, usize)>> = HashMap::new();
+    let mut before: Vec<(Node, Node)> = Vec::new();
+    let mut sent: HashMap<(usize, usize, Pass), Vec<(Slot, Node)>> = HashMap::new();
     let mut received = sent.clone();
     for (rank, list) in schedule.actions.iter().enumerate() {
-        let mut expected = 0;
-        let mut at = HashMap::new();
+        let at: HashMap<Deed, usize> = list.iter().enumerate().map(|(place, action)| (deed(action), place)).collect();
+        let rules = rules(schedule, rank, &at);
+        let expected: HashSet<Deed> = rules.iter().flatten().copied().collect();
+        let kept = |[first, second]: &[Deed; 2]| matches!((at.get(first), at.get(second)), (Some(a), Some(b)) if a < b);
+        if at.len() != list.len() || at.len() != expected.len() || !rules.iter().all(kept) {
+            return false;
+        }
+        before.extend((1..list.len()).map(|place| ((rank, place - 1), (rank, place))));
         for (place, action) in list.iter().enumerate() {
-            before.extend((place > 0).then(|| ((rank, place - 1), (rank, place))));
             match *action {
-                Action::Send(pass, slot) => match placement.destination(pass, rank, slot.chunk) {
-                    Some((to, chunk)) if to != rank => sent.entry((rank, to, pass)).or_default().push((Slot { chunk, ..slot }, place)),
-                    _ => return false,
-                },
-                Action::Receive(pass, slot) => match placement.source(pass, rank, slot.chunk) {
-                    Some((from, _)) if from != rank => received.entry((from, rank, pass)).or_default().push((slot, place)),
-                    _ => return false,
-                },
+                Action::Send(pass, slot) => {
+                    let (to, chunk) = schedule.placement.destination(pass, rank, slot.chunk).expect("the rules expect this");
+                    sent.entry((rank, to, pass)).or_default().push((Slot { chunk, ..slot }, (rank, place)));
+                }
+                Action::Receive(pass, slot) => {
+                    let (from, _) = schedule.placement.source(pass, rank, slot.chunk).expect("the rules expect this");
+                    received.entry((from, rank, pass)).or_default().push((slot, (rank, place)));
+                }
                 _ => {}
             }
-            if at.insert(kind(action), place).is_some() {
-                return false;
-            }
-        }
-        for (chunk, micro) in (0..placement.chunks).flat_map(|chunk| (0..schedule.micros).map(move |micro| (chunk, micro))) {
-            let slot = Slot { chunk, micro };
-            let whole = at.contains_key(&("whole", slot));
-            let chain: Vec<&str> = if whole { vec!["forward", "whole"] } else { vec!["forward", "input", "weight"] };
-            let mut links = Vec::new();
-            let hand_in =
-                |pass| placement.source(pass, rank, chunk).filter(|&(from, _)| from == rank).map(|(_, c)| Slot { chunk: c, micro });
-            for (pass, compute, receive, send, hand) in
-                [(Pass::Forward, chain[0], "receive F", "send F", "hand F"), (Pass::Backward, chain[1], "receive B", "send B", "hand B")]
-            {
-                match placement.source(pass, rank, chunk) {
-                    Some((from, _)) if from != rank => links.push(((receive, slot), (compute, slot))),
-                    Some(_) => links.push(((hand, hand_in(pass).expect("the source is this rank")), (compute, slot))),
-                    None => {}
-                }
-                match placement.destination(pass, rank, chunk) {
-                    Some((to, _)) => links.push(((compute, slot), (if to == rank { hand } else { send }, slot))),
-                    None => {}
-                }
-                expected += usize::from(placement.source(pass, rank, chunk).is_some_and(|(from, _)| from != rank));
-                expected += usize::from(placement.destination(pass, rank, chunk).is_some());
-            }
-            expected += chain.len();
-            links.extend(chain.windows(2).map(|pair| ((pair[0], slot), (pair[1], slot))));
-            if micro > 0 {
-                let weight = |micro| {
-                    let slot = Slot { chunk, micro };
-                    (if at.contains_key(&("whole", slot)) { "whole" } else { "weight" }, slot)
-                };
-                links.push((weight(micro - 1), weight(micro)));
-            }
-            let ordered =
-                |(first, second): &((&str, Slot), (&str, Slot))| matches!((at.get(first), at.get(second)), (Some(a), Some(b)) if a < b);
-            if !links.iter().all(ordered) {
-                return false;
-            }
-        }
-        if expected != list.len() {
-            return false;
         }
     }
     for (link, messages) in &sent {
         let Some(taken) = received.get(link) else { return false };
-        if !messages.iter().map(|m| m.0).eq(taken.iter().map(|m| m.0)) {
+        if !messages.iter().map(|message| message.0).eq(taken.iter().map(|message| message.0)) {
             return false;
         }
-        before.extend(messages.iter().zip(taken).map(|(&(_, out), &(_, into))| ((link.0, out), (link.1, into))));
+        before.extend(messages.iter().zip(taken).map(|(out, into)| (out.1, into.1)));
     }
     sent.len() == received.len() && has_order(&schedule.actions, &before)
 }
 
-/// A name for what an action does, the same for whatever must not happen twice.
-fn kind(action: &Action) -> (&'static str, Slot) {
+/// What must stand before what in a rank's list, where `at` tells which slots run backward in one action. Every deed of the rank is in it.
+fn rules(schedule: &Schedule, rank: usize, at: &HashMap<Deed, usize>) -> Vec<[Deed; 2]> {
+    let placement = &schedule.placement;
+    let split = |slot| !at.contains_key(&("whole", slot));
+    let weight = |slot| (if split(slot) { "weight" } else { "whole" }, slot);
+    let mut rules = Vec::new();
+    for (chunk, micro) in (0..placement.chunks).flat_map(|chunk| (0..schedule.micros).map(move |micro| (chunk, micro))) {
+        let slot = Slot { chunk, micro };
+        let input = (if split(slot) { "input" } else { "whole" }, slot);
+        rules.push([("forward", slot), input]);
+        rules.extend(split(slot).then(|| [input, weight(slot)]));
+        rules.extend((micro > 0).then(|| [weight(Slot { chunk, micro: micro - 1 }), weight(slot)]));
+        for (pass, compute, [receive, send, hand]) in [
+            (Pass::Forward, ("forward", slot), ["receive F", "send F", "hand F"]),
+            (Pass::Backward, input, ["receive B", "send B", "hand B"]),
+        ] {
+            let source = placement.source(pass, rank, chunk);
+            let needs = source.map(|(from, chunk)| if from == rank { (hand, Slot { chunk, micro }) } else { (receive, slot) });
+            rules.extend(needs.map(|needs| [needs, compute]));
+            let destination = placement.destination(pass, rank, chunk);
+            rules.extend(destination.map(|(to, _)| [compute, (if to == rank { hand } else { send }, slot)]));
+        }
+    }
+    rules
+}
+
+fn deed(action: &Action) -> Deed {
     let name = match action {
         Action::Receive(Pass::Forward, _) => "receive F",
         Action::Receive(Pass::Backward, _) => "receive B",
@@ -311,9 +302,9 @@ fn kind(action: &Action) -> (&'static str, Slot) {
 }
 
 /// Whether the relation has no circle (Kahn's algorithm).
-fn has_order(actions: &[Vec<Action>], before: &[((usize, usize), (usize, usize))]) -> bool {
-    let mut waits: HashMap<(usize, usize), usize> = HashMap::new();
-    let mut after: HashMap<(usize, usize), Vec<(usize, usize)>> = HashMap::new();
+fn has_order(actions: &[Vec<Action>], before: &[(Node, Node)]) -> bool {
+    let mut waits: HashMap<Node, usize> = HashMap::new();
+    let mut after: HashMap<Node, Vec<Node>> = HashMap::new();
     for &(first, second) in before {
         *waits.entry(second).or_default() += 1;
         after.entry(first).or_default().push(second);

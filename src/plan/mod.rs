@@ -6,8 +6,10 @@ pub mod budget;
 pub mod catalog;
 pub mod layout;
 pub mod mesh;
+pub mod picture;
 pub mod schedule;
 pub mod simulate;
+pub mod stages;
 
 use crate::config::source::Problem;
 use crate::config::{Config, Model, Recompute, SumOrder};

@@ -39,7 +39,10 @@ pub fn with_reductions(mut actions: Vec<Vec<Action>>, reductions: Reductions) ->
 pub fn with_transfers(actions: &[Vec<Action>], placement: &Placement) -> Vec<Vec<Action>> {
     let mut run = Run::new(actions, placement);
     loop {
-        let moved = (0..run.ranks.len()).fold(false, |moved, rank| run.advance(rank) || moved);
+        let mut moved = false;
+        for rank in 0..run.ranks.len() {
+            moved |= run.advance(rank);
+        }
         if !moved && !run.take_one() {
             return run.finish();
         }
@@ -80,7 +83,7 @@ impl Run<'_> {
         while let Some(&action) = self.ranks[rank].todo.front() {
             match action {
                 Action::Receive(pass, slot) => {
-                    if !self.ranks[rank].early.remove(&(pass, slot)) {
+                    if self.ranks[rank].early.is_empty() || !self.ranks[rank].early.remove(&(pass, slot)) {
                         let Some((from, _)) = self.placement.source(pass, rank, slot.chunk) else { break };
                         let link = self.link(from, rank, pass);
                         let Some(offered) = self.links[link].take() else { break };
