@@ -105,6 +105,21 @@ pub fn area_of(piece: &Piece, elements: usize) -> Result<Area> {
     Ok(area)
 }
 
+/// Pieces that cover a tensor in row-major order, each with its own buffer that begins at 0 and, unless a row is longer, is at most
+/// `elements` long.
+pub fn slabs(name: &str, shape: &[usize], elements: usize) -> Result<Vec<Piece>> {
+    let whole = Area::whole(shape).with_context(|| format!("the tensor {name:?}"))?;
+    let row = if shape.len() == 2 { whole.width() } else { 1 };
+    let at_once = (elements / row).max(1);
+    let slab = |first: usize| {
+        let (mut start, mut size) = (vec![0; shape.len()], shape.to_vec());
+        (start[0], size[0]) = (first, at_once.min(shape[0] - first));
+        let flat = 0..size.iter().product();
+        Piece { name: name.to_owned(), shape: shape.to_vec(), start, size, transposed: false, flat }
+    };
+    Ok((0..shape[0]).step_by(at_once).map(slab).collect())
+}
+
 /// Hands the numbers of a piece to `write` as they lie in the public tensor: row after row of the box.
 pub fn stream(piece: &Piece, dtype: Dtype, bytes: &[u8], mut write: impl FnMut(&[u8]) -> Result<()>) -> Result<()> {
     let element = dtype.bytes();

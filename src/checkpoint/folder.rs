@@ -116,6 +116,33 @@ pub fn write_whole(path: &Path, bytes: &[u8]) -> Result<()> {
     sync(folder)
 }
 
+/// A new folder beside `out`, to be filled and then published as `out`, which is not there yet or is an empty folder.
+pub fn stage(out: &Path) -> Result<PathBuf> {
+    let name = out.file_name().with_context(|| format!("{} cannot be the name of a new folder", out.display()))?;
+    if exists(out)? {
+        let empty = fs::read_dir(out).is_ok_and(|mut entries| entries.next().is_none());
+        ensure!(empty, "{} exists and is not an empty folder; it will not be written over", out.display());
+    }
+    let mut name = name.to_owned();
+    name.push(".tmp");
+    let stage = out.with_file_name(name);
+    fs::create_dir_all(parent(out)).with_context(|| format!("creating the folder {}", parent(out).display()))?;
+    fs::create_dir(&stage)
+        .with_context(|| format!("creating {} (if it was left by a call that was cut short, remove it)", stage.display()))?;
+    Ok(stage)
+}
+
+/// Gives the folder its name, once all that is in it has reached the disk.
+pub fn publish(stage: &Path, out: &Path) -> Result<()> {
+    sync(stage)?;
+    rename(stage, out)?;
+    sync(parent(out))
+}
+
+fn parent(path: &Path) -> &Path {
+    path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."))
+}
+
 /// Removes a checkpoint: it loses its name first, so that it is never seen in parts.
 pub fn discard(checkpoints: &Path, name: Name) -> Result<()> {
     let (Name::Step(step) | Name::Replaced(step)) = name else {
