@@ -1,33 +1,116 @@
-//! The host's processor: a pool of threads and memory.
+//! The host's processor: a pool of threads, memory, and what instructions it has.
 //!
 //! Invariant: work is split over threads by outputs, never over the terms of a sum, so the number of threads cannot change a bit.
 
+pub mod gemm;
+pub mod micro;
+pub mod pack;
+pub mod vector;
+
 use crate::device::memory::Memory;
 use rayon::ThreadPool;
-use std::sync::Arc;
+use rayon::prelude::{IndexedParallelIterator, IntoParallelIterator, ParallelIterator, ParallelSliceMut};
+use std::sync::{Arc, Mutex, PoisonError};
+
+/// The instructions that kernels may use, from least to most: each level has those below it.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub enum Isa {
+    Portable,
+    /// AVX2 and FMA.
+    Avx2,
+    /// AVX-512 F, BW, DQ and VL.
+    Avx512,
+    /// AVX-512 with dot products of bf16 pairs.
+    Avx512Bf16,
+}
 
 #[derive(Debug)]
 pub struct Cpu {
     pub memory: Arc<Memory>,
+    isa: Isa,
     pool: ThreadPool,
+    /// Buffers for packed operands that no matmul holds at the moment. All have one size, and there are at most as many as matmuls
+    /// ever ran at once, so they are not counted as memory of tensors.
+    panels: Mutex<Vec<gemm::Panels>>,
+}
+
+impl Isa {
+    #[cfg(target_arch = "x86_64")]
+    pub fn detect() -> Isa {
+        let avx2 = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma");
+        let wide = is_x86_feature_detected!("avx512f")
+            && is_x86_feature_detected!("avx512bw")
+            && is_x86_feature_detected!("avx512dq")
+            && is_x86_feature_detected!("avx512vl");
+        match (avx2, avx2 && wide, avx2 && wide && is_x86_feature_detected!("avx512bf16")) {
+            (_, _, true) => Isa::Avx512Bf16,
+            (_, true, _) => Isa::Avx512,
+            (true, _, _) => Isa::Avx2,
+            _ => Isa::Portable,
+        }
+    }
+
+    #[cfg(not(target_arch = "x86_64"))]
+    pub fn detect() -> Isa {
+        Isa::Portable
+    }
 }
 
 impl Cpu {
     pub fn new(threads: usize) -> Cpu {
+        Cpu::with_isa(threads, Isa::detect())
+    }
+
+    /// A processor that uses no more than the instructions of `isa`; what the machine does not have is not used either.
+    pub fn with_isa(threads: usize, isa: Isa) -> Cpu {
         let pool = rayon::ThreadPoolBuilder::new()
             .num_threads(threads)
             .thread_name(|i| format!("cpu-{i}"))
             .build()
             .expect("the system lets us start threads");
-        Cpu { memory: Arc::new(Memory::new(true)), pool }
+        Cpu { memory: Arc::new(Memory::new(true)), isa: isa.min(Isa::detect()), pool, panels: Mutex::default() }
     }
 
     pub fn threads(&self) -> usize {
         self.pool.current_num_threads()
     }
 
+    pub fn isa(&self) -> Isa {
+        self.isa
+    }
+
     /// Runs `work` on a thread of the pool: ops called from there need not wake one up.
     pub fn install<R: Send>(&self, work: impl FnOnce() -> R + Send) -> R {
         self.pool.install(work)
+    }
+
+    /// Runs `work(0)`, ..., `work(parts - 1)`, each once, spread over the threads. Neighbouring parts tend to share a thread.
+    pub fn parallel(&self, parts: usize, work: impl Fn(usize) + Sync) {
+        if parts <= 1 || self.threads() == 1 {
+            (0..parts).for_each(work);
+        } else {
+            self.install(|| (0..parts).into_par_iter().with_max_len(1).for_each(&work));
+        }
+    }
+
+    /// Cuts the rows of `out` into runs and calls `work(first row, rows)` for each. A run has at least `grain` rows (the last may have
+    /// fewer) and no promised size: what `work` writes to a row must depend on that row alone.
+    pub fn for_rows<T: Send>(&self, out: &mut [T], columns: usize, grain: usize, work: impl Fn(usize, &mut [T]) + Sync) {
+        assert!(columns > 0 && out.len().is_multiple_of(columns), "{} elements in rows of {columns}", out.len());
+        let rows = out.len() / columns;
+        let run = rows.div_ceil(4 * self.threads()).max(grain).max(1);
+        if rows <= run || self.threads() == 1 {
+            return work(0, out);
+        }
+        self.install(|| out.par_chunks_mut(run * columns).enumerate().for_each(|(index, rows)| work(index * run, rows)));
+    }
+
+    /// A buffer for packed operands, to be given back with `give_panels`.
+    fn take_panels(&self) -> gemm::Panels {
+        self.panels.lock().unwrap_or_else(PoisonError::into_inner).pop().unwrap_or_default()
+    }
+
+    fn give_panels(&self, panels: gemm::Panels) {
+        self.panels.lock().unwrap_or_else(PoisonError::into_inner).push(panels);
     }
 }

@@ -1,0 +1,335 @@
+//! Matrix products, blocked for caches and spread over threads: C[m, n] from A[m, k] and B[k, n].
+//!
+//! K is walked in passes; in a pass, B is packed in chunks of columns that all threads share, and tasks of some rows of A and some
+//! panels of B compute tiles. Sums of a pass that does not finish its chains wait in f32.
+//!
+//! Invariant: an element of C is made of chains (see `micro`) that depend on K and `segment` alone. `product` is one chain over all of K.
+//! `accumulate` adds one chain for each segment to C, in order.
+#![allow(unsafe_code)]
+
+use crate::device::cpu::micro::{COLUMNS, Micro, ROWS, Sums, Tile, Unit, VECTORS};
+use crate::device::cpu::pack::{Along, Operand, pack};
+use crate::device::cpu::{Cpu, Isa, vector};
+use crate::dtype::{Dtype, Element};
+use std::mem::MaybeUninit;
+use std::ops::Range;
+
+/// Units of packed B that all threads share: 4 MiB, so that it lies in the last-level cache together with what streams by.
+const CHUNK_UNITS: usize = 1 << 20;
+/// Units of A that a task packs for itself: 128 KiB, in its L2 and on its stack.
+const BLOCK_UNITS: usize = 1 << 15;
+/// Units along K of one pass, so that eight rows of A fit into `BLOCK_UNITS`.
+const PASS_UNITS: usize = BLOCK_UNITS / ROWS;
+/// Elements along K of one pass of `product`: a product of narrow numbers over a longer K needs `waiting` sums.
+pub const PASS_ELEMENTS: usize = PASS_UNITS;
+/// Rows of a task are a multiple of this, the rows of the tallest tile.
+const ROW_STEP: usize = ROWS;
+
+/// A buffer for packed columns of B.
+#[derive(Debug)]
+pub struct Panels(Vec<Line>);
+
+/// Units that begin at a cache line.
+#[derive(Clone, Copy, Debug, bytemuck::Zeroable, bytemuck::Pod)]
+#[repr(C, align(64))]
+struct Line([u32; 16]);
+
+impl Default for Panels {
+    fn default() -> Panels {
+        Panels(vec![Line([0; 16]); CHUNK_UNITS / 16])
+    }
+}
+
+/// The stretch of K of one pass: its chains, and how they begin and end.
+struct Pass {
+    /// Each is one chain, or a piece of the one chain of a `product`.
+    pieces: Vec<Range<usize>>,
+    resume: bool,
+    last: bool,
+}
+
+/// Where a product goes.
+enum Sink<'a, T> {
+    Write { out: *mut T, waiting: *mut f32, bias: Option<&'a [T]> },
+    Add { out: *mut f32 },
+}
+
+/// One call: what every task knows.
+struct Product<'a, T> {
+    isa: Isa,
+    micro: Micro,
+    a: Operand<'a, T>,
+    b: Operand<'a, T>,
+    rows: usize,
+    columns: usize,
+    sink: Sink<'a, T>,
+}
+
+/// SAFETY: the pointers of a sink are written by tasks, and no two tasks share an element of C.
+unsafe impl<T: Sync> Sync for Product<'_, T> {}
+
+/// Whether `product` into `dtype` over `k` elements needs `waiting` sums.
+pub fn needs_waiting(dtype: Dtype, k: usize) -> bool {
+    dtype != Dtype::F32 && k > PASS_ELEMENTS
+}
+
+/// out[m, n] = A[m, k] B[k, n] (+ bias[n]), one chain for each element, rounded once. `waiting` is f32 [m, n] where `needs_waiting`.
+pub fn product<T: Element>(
+    cpu: &Cpu,
+    a: Operand<'_, T>,
+    b: Operand<'_, T>,
+    [m, n, k]: [usize; 3],
+    bias: Option<&[T]>,
+    waiting: Option<&mut [f32]>,
+    out: &mut [T],
+) {
+    assert_eq!(out.len(), m * n, "an output of {m} x {n}");
+    assert!(bias.is_none_or(|bias| bias.len() == n), "a bias for {n} columns");
+    assert!(k > 0, "a sum over at least one product");
+    let out: *mut T = out.as_mut_ptr();
+    let waiting = match waiting {
+        Some(waiting) => {
+            assert_eq!(waiting.len(), m * n, "waiting sums for {m} x {n}");
+            waiting.as_mut_ptr()
+        }
+        None => {
+            assert!(!needs_waiting(T::DTYPE, k), "{k} products are more than one pass");
+            out.cast()
+        }
+    };
+    if m == 0 || n == 0 {
+        return;
+    }
+    a.check(m, k);
+    b.check(n, k);
+    let micro = Micro::new(cpu.isa, T::DTYPE);
+    let count = micro.unit.count(k).div_ceil(PASS_UNITS);
+    // Pieces of one length but for the last, whole pairs all of them.
+    let step = k.div_ceil(count).next_multiple_of(2);
+    let starts: Vec<usize> = (0..k).step_by(step).collect();
+    let product = Product { isa: cpu.isa, micro, a, b, rows: m, columns: n, sink: Sink::Write { out, waiting, bias } };
+    for start in starts {
+        let end = (start + step).min(k);
+        product.run(cpu, &Pass { pieces: vec![start..end], resume: start > 0, last: end == k });
+    }
+}
+
+/// out[m, n] += A[m, k] B[k, n]: one chain for each stretch of `segment` elements of K, added to `out` in order.
+pub fn accumulate<T: Element>(
+    cpu: &Cpu,
+    a: Operand<'_, T>,
+    b: Operand<'_, T>,
+    [m, n, k]: [usize; 3],
+    segments: &[Range<usize>],
+    out: &mut [f32],
+) {
+    assert_eq!(out.len(), m * n, "an output of {m} x {n}");
+    if m == 0 || n == 0 || k == 0 {
+        return;
+    }
+    a.check(m, k);
+    b.check(n, k);
+    let micro = Micro::new(cpu.isa, T::DTYPE);
+    let product = Product { isa: cpu.isa, micro, a, b, rows: m, columns: n, sink: Sink::Add { out: out.as_mut_ptr() } };
+    let mut left = segments;
+    while let Some(first) = left.first() {
+        let mut units = micro.unit.count(first.len());
+        assert!(units <= PASS_UNITS && first.end <= k, "a segment of {units} units that ends at {} of {k}", first.end);
+        let mut taken = 1;
+        for next in &left[1..] {
+            units += micro.unit.count(next.len());
+            if units > PASS_UNITS / 4 {
+                break;
+            }
+            taken += 1;
+        }
+        product.run(cpu, &Pass { pieces: left[..taken].to_vec(), resume: false, last: true });
+        left = &left[taken..];
+    }
+}
+
+impl<T: Element> Product<'_, T> {
+    fn run(&self, cpu: &Cpu, pass: &Pass) {
+        let units = pass.units(self.micro.unit);
+        let width = self.micro.lanes * VECTORS;
+        let panels = self.columns.div_ceil(width);
+        let most = CHUNK_UNITS / (units * width);
+        let chunk = panels.div_ceil(panels.div_ceil(most));
+        let rows_of_task = (BLOCK_UNITS / units / ROW_STEP * ROW_STEP).clamp(ROW_STEP, 128);
+        let row_tasks = self.rows.div_ceil(rows_of_task);
+        let mut shared = cpu.take_panels();
+        for first in (0..panels).step_by(chunk) {
+            let panels = first..panels.min(first + chunk);
+            let buffer: &mut [u32] = bytemuck::cast_slice_mut(&mut shared.0);
+            let buffer = &mut buffer[..panels.len() * units * width];
+            cpu.for_rows(buffer, units * width, 1, |index, buffer| {
+                for (panel, to) in (panels.start + index..).zip(buffer.chunks_exact_mut(units * width)) {
+                    self.pack_panel(pass, panel, to);
+                }
+            });
+            let column_tasks = (4 * cpu.threads()).div_ceil(row_tasks).min(panels.len());
+            let panels_of_task = panels.len().div_ceil(column_tasks);
+            cpu.parallel(row_tasks * column_tasks, |task| {
+                let (row, column) = (task % row_tasks * rows_of_task, panels.start + task / row_tasks * panels_of_task);
+                let rows = row..self.rows.min(row + rows_of_task);
+                let mine = column..panels.end.min(column + panels_of_task);
+                if !mine.is_empty() {
+                    let packed = &buffer[(mine.start - panels.start) * units * width..(mine.end - panels.start) * units * width];
+                    self.task(pass, rows, mine, packed);
+                }
+            });
+        }
+        cpu.give_panels(shared);
+    }
+
+    /// The columns of a panel of B, and how wide it is packed: whole vectors.
+    fn panel_columns(&self, panel: usize) -> (Range<usize>, usize) {
+        let width = self.micro.lanes * VECTORS;
+        let columns = panel * width..self.columns.min((panel + 1) * width);
+        let packed = columns.len().next_multiple_of(self.micro.lanes);
+        (columns, packed)
+    }
+
+    fn pack_panel(&self, pass: &Pass, panel: usize, to: &mut [u32]) {
+        let (columns, width) = self.panel_columns(panel);
+        let mut to = to;
+        for piece in &pass.pieces {
+            let (now, later) = to.split_at_mut(self.micro.unit.count(piece.len()) * width);
+            pack(self.isa, self.micro.unit, &self.b, columns.clone(), piece.clone(), width, now);
+            to = later;
+        }
+    }
+
+    /// All tiles of `rows` and `panels`; `packed` holds those panels.
+    fn task(&self, pass: &Pass, rows: Range<usize>, panels: Range<usize>, packed: &[u32]) {
+        let units = pass.units(self.micro.unit);
+        let width = self.micro.lanes * VECTORS;
+        let mut block = MaybeUninit::<[Line; BLOCK_UNITS / 16]>::uninit();
+        let mut tiles = Vec::with_capacity(rows.len().div_ceil(self.micro.rows));
+        let in_place = self.reads_in_place(pass);
+        for row in rows.clone().step_by(self.micro.rows) {
+            let tile = row..rows.end.min(row + self.micro.rows);
+            tiles.push(if in_place {
+                let start = self.a.index(tile.start, pass.pieces[0].start);
+                let unit_bytes = 4;
+                Rows { at: self.a.data[start..].as_ptr().cast(), row: self.a.stride * size_of::<T>(), unit: unit_bytes, rows: tile }
+            } else {
+                // SAFETY: `rows.len() * units` units fit into the block, and `pack` writes all of what is then read.
+                let to = unsafe {
+                    let start = block.as_mut_ptr().cast::<u32>().add((tile.start - rows.start) * units);
+                    assert!((tile.end - rows.start) * units <= BLOCK_UNITS, "{} rows of {units} units", rows.len());
+                    std::slice::from_raw_parts_mut(start, tile.len() * units)
+                };
+                let mut left = &mut *to;
+                for piece in &pass.pieces {
+                    let (now, later) = left.split_at_mut(self.micro.unit.count(piece.len()) * tile.len());
+                    pack(self.isa, self.micro.unit, &self.a, tile.clone(), piece.clone(), tile.len(), now);
+                    left = later;
+                }
+                Rows { at: to.as_ptr().cast(), row: 4, unit: 4 * tile.len(), rows: tile }
+            });
+        }
+        for panel in panels.clone() {
+            let (columns, packed_width) = self.panel_columns(panel);
+            let packed = &packed[(panel - panels.start) * units * width..][..units * packed_width];
+            for tile in &tiles {
+                self.tile(pass, tile, columns.clone(), packed_width, packed);
+            }
+        }
+    }
+
+    /// Whether tiles can read rows of A where they lie: units are runs of memory, and the last pair is whole.
+    fn reads_in_place(&self, pass: &Pass) -> bool {
+        let stored_as_read = match self.micro.unit {
+            Unit::Single => T::DTYPE == Dtype::F32,
+            Unit::Pair => pass.pieces.len() == 1 && pass.pieces[0].len().is_multiple_of(2),
+            Unit::Swapped => false,
+        };
+        stored_as_read && self.a.along == Along::K
+    }
+
+    fn tile(&self, pass: &Pass, a: &Rows, columns: Range<usize>, packed_width: usize, packed: &[u32]) {
+        let vectors = packed_width / self.micro.lanes;
+        let whole = columns.len() == packed_width;
+        let place = a.rows.start * self.columns + columns.start;
+        let floats: Option<*mut f32> = match self.sink {
+            Sink::Add { out } => Some(out),
+            Sink::Write { waiting, .. } if !pass.last => Some(waiting),
+            Sink::Write { out, bias: None, .. } if T::DTYPE == Dtype::F32 => Some(out.cast()),
+            Sink::Write { .. } => None,
+        };
+        let sums = match self.sink {
+            Sink::Add { .. } => Sums::Add,
+            Sink::Write { .. } if pass.resume => Sums::Resume,
+            Sink::Write { .. } => Sums::Store,
+        };
+        let mut near = [0f32; ROWS * COLUMNS];
+        let near: *mut f32 = near.as_mut_ptr();
+        let at = Tile { units: 0, a: a.at, a_row: a.row, a_unit: a.unit, b: packed.as_ptr(), c: near, c_row: packed_width, sums };
+        // SAFETY: packed panels and rows of A hold all units of the pass; C is written in the rows and columns of this tile only, which
+        // belong to this task, and in whole vectors only where they exist.
+        unsafe {
+            match floats {
+                Some(floats) if whole => self.chains(pass, a, vectors, Tile { c: floats.add(place), c_row: self.columns, ..at }),
+                Some(floats) => {
+                    let far = floats.add(place);
+                    copy(far, self.columns, near, packed_width, a.rows.len(), columns.len());
+                    self.chains(pass, a, vectors, at);
+                    copy(near, packed_width, far, self.columns, a.rows.len(), columns.len());
+                }
+                None => {
+                    let Sink::Write { out, waiting, bias } = self.sink else { unreachable!("sums are added in f32") };
+                    if pass.resume {
+                        copy(waiting.add(place), self.columns, near, packed_width, a.rows.len(), columns.len());
+                    }
+                    self.chains(pass, a, vectors, at);
+                    let bias = bias.map(|bias| &bias[columns.clone()]);
+                    for row in 0..a.rows.len() {
+                        let sums = std::slice::from_raw_parts(near.add(row * packed_width), columns.len());
+                        let to = std::slice::from_raw_parts_mut(out.add(place + row * self.columns), columns.len());
+                        vector::finish(self.isa, sums, bias, to);
+                    }
+                }
+            }
+        }
+    }
+
+    /// The chains of a pass, one after the other.
+    ///
+    /// # Safety
+    /// `tile` must point at the operands of the whole pass and at sums that this call alone uses.
+    unsafe fn chains(&self, pass: &Pass, a: &Rows, vectors: usize, mut tile: Tile) {
+        for piece in &pass.pieces {
+            tile.units = self.micro.unit.count(piece.len());
+            // SAFETY: what the caller vouches for; the processor has what `micro` needs, since it was made for this processor's `isa`.
+            unsafe { self.micro.run(a.rows.len(), vectors, &tile) };
+            tile.a = tile.a.wrapping_add(tile.units * tile.a_unit);
+            tile.b = tile.b.wrapping_add(tile.units * vectors * self.micro.lanes);
+        }
+    }
+}
+
+/// Rows of A of one tile, as `Tile` wants them.
+struct Rows {
+    at: *const u8,
+    row: usize,
+    unit: usize,
+    rows: Range<usize>,
+}
+
+impl Pass {
+    fn units(&self, unit: Unit) -> usize {
+        self.pieces.iter().map(|piece| unit.count(piece.len())).sum()
+    }
+}
+
+/// Copies a small matrix.
+///
+/// # Safety
+/// Both must have `rows` rows of `columns` elements and not overlap.
+unsafe fn copy(from: *const f32, from_stride: usize, to: *mut f32, to_stride: usize, rows: usize, columns: usize) {
+    for row in 0..rows {
+        // SAFETY: what the caller vouches for.
+        unsafe { std::ptr::copy_nonoverlapping(from.add(row * from_stride), to.add(row * to_stride), columns) };
+    }
+}

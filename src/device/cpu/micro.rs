@@ -1,0 +1,442 @@
+//! The innermost loop of matrix products: a tile of a few rows and vectors of columns, its sums in registers.
+//!
+//! A *unit* is 32 bits of an operand: one f32, or two bf16 that are neighbours along K. A tile of R rows and V vectors reads one unit of
+//! A for each row and V vectors of units of B at each step.
+//!
+//! Invariant: every element of a tile is one chain `sum = a * b + sum` over the units in order, fused, in f32, whatever the tile's
+//! size and the instructions used. For a unit of two bf16 that is two links, first the odd element and then the even one, where
+//! denormal inputs count as zero and a result that is too small for a normal number becomes zero: the definition of `vdpbf16ps`,
+//! which `Flushing` computes where the instruction is missing.
+#![allow(unsafe_code)]
+
+use crate::device::cpu::Isa;
+use crate::dtype::Dtype;
+#[cfg(target_arch = "x86_64")]
+use std::arch::x86_64::{
+    __m256, __m512, __m512bh, __m512i, _mm256_add_ps, _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_set1_ps, _mm256_setzero_ps,
+    _mm256_storeu_ps, _mm512_add_ps, _mm512_dpbf16_ps, _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_loadu_si512, _mm512_set1_epi32,
+    _mm512_set1_ps, _mm512_setzero_ps, _mm512_storeu_ps,
+};
+
+/// What the units of packed operands hold.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Unit {
+    /// One element as f32.
+    Single,
+    /// One bf16 element as f32, denormals as zero, the elements of each pair along K in swapped order.
+    Swapped,
+    /// Two bf16 elements.
+    Pair,
+}
+
+impl Unit {
+    /// How many units `elements` elements along K fill; what is missing to a whole pair is zero.
+    pub fn count(self, elements: usize) -> usize {
+        match self {
+            Unit::Single => elements,
+            Unit::Swapped => elements.next_multiple_of(2),
+            Unit::Pair => elements.div_ceil(2),
+        }
+    }
+}
+
+/// One tile: where its operands lie and where its sums go.
+#[derive(Clone, Copy)]
+pub struct Tile {
+    pub units: usize,
+    /// The unit of row r at step u lies `r * a_row + u * a_unit` bytes further.
+    pub a: *const u8,
+    pub a_row: usize,
+    pub a_unit: usize,
+    /// `[units][columns]` units.
+    pub b: *const u32,
+    /// Row r begins `r * c_row` elements further.
+    pub c: *mut f32,
+    pub c_row: usize,
+    pub sums: Sums,
+}
+
+/// How the sums of a tile meet what stands in `c`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Sums {
+    /// c = chain from zero.
+    Store,
+    /// c = chain that goes on from c.
+    Resume,
+    /// c = c + chain from zero.
+    Add,
+}
+
+/// One implementation of tiles.
+#[derive(Clone, Copy)]
+pub struct Micro {
+    pub unit: Unit,
+    /// The most rows of a tile.
+    pub rows: usize,
+    /// Columns of one vector.
+    pub lanes: usize,
+    run: unsafe fn(usize, usize, &Tile),
+}
+
+/// The most vectors of columns of a tile.
+pub const VECTORS: usize = 3;
+/// The most columns of a tile of any implementation.
+pub const COLUMNS: usize = 48;
+/// The most rows of a tile of any implementation.
+pub const ROWS: usize = 8;
+
+impl Micro {
+    pub fn new(isa: Isa, dtype: Dtype) -> Micro {
+        match (isa, dtype) {
+            #[cfg(target_arch = "x86_64")]
+            (Isa::Avx512Bf16, Dtype::Bf16) => Micro { unit: Unit::Pair, rows: 8, lanes: 16, run: tile_avx512_bf16 },
+            (_, Dtype::Bf16) => Micro { unit: Unit::Swapped, rows: 4, lanes: 8, run: tile_flushing },
+            #[cfg(target_arch = "x86_64")]
+            (Isa::Avx512 | Isa::Avx512Bf16, _) => Micro { unit: Unit::Single, rows: 8, lanes: 16, run: tile_avx512 },
+            #[cfg(target_arch = "x86_64")]
+            (Isa::Avx2, _) => Micro { unit: Unit::Single, rows: 4, lanes: 8, run: tile_avx2 },
+            _ => Micro { unit: Unit::Single, rows: 4, lanes: 8, run: tile_portable },
+        }
+    }
+
+    /// Computes a tile of `rows` rows and `vectors` vectors.
+    ///
+    /// # Safety
+    /// `tile` must point at that many rows and columns of operands and sums, and the processor must have the instructions of the `Isa`
+    /// that this implementation was made for.
+    pub unsafe fn run(&self, rows: usize, vectors: usize, tile: &Tile) {
+        assert!(rows <= self.rows && (1..=VECTORS).contains(&vectors), "a tile of {rows} rows and {vectors} vectors");
+        let (mut tile, mut left) = (*tile, rows);
+        while left > 0 {
+            // Powers of two, so that three or four compiled sizes serve every remainder of rows.
+            let now = if left == self.rows { left } else { 1 << left.ilog2() };
+            // SAFETY: `now` rows from here on are among the rows that the caller vouches for.
+            unsafe {
+                (self.run)(now, vectors, &tile);
+                tile.a = tile.a.wrapping_add(now * tile.a_row);
+                tile.c = tile.c.wrapping_add(now * tile.c_row);
+            }
+            left -= now;
+        }
+    }
+}
+
+/// A vector of sums and the arithmetic on it.
+trait Lanes: Copy {
+    type Units: Copy;
+    const WIDTH: usize;
+    unsafe fn zero() -> Self;
+    unsafe fn load(from: *const f32) -> Self;
+    unsafe fn store(self, to: *mut f32);
+    unsafe fn add(self, other: Self) -> Self;
+    unsafe fn units(from: *const u32) -> Self::Units;
+    unsafe fn splat(unit: u32) -> Self::Units;
+    /// The next link of the chain.
+    unsafe fn link(self, a: Self::Units, b: Self::Units) -> Self;
+}
+
+/// # Safety
+/// As for `Micro::run`, with `R` rows and `V` vectors of `L::WIDTH` columns.
+#[inline(always)]
+unsafe fn tile<L: Lanes, const R: usize, const V: usize>(tile: &Tile) {
+    // SAFETY: all addresses are those of the tile's rows, columns and units.
+    unsafe {
+        let mut sums = [[L::zero(); V]; R];
+        if tile.sums == Sums::Resume {
+            for (row, sums) in sums.iter_mut().enumerate() {
+                for (vector, sum) in sums.iter_mut().enumerate() {
+                    *sum = L::load(tile.c.add(row * tile.c_row + vector * L::WIDTH));
+                }
+            }
+        }
+        let (mut a, mut b) = (tile.a, tile.b);
+        let mut left = tile.units;
+        while left >= 4 {
+            for _ in 0..4 {
+                step::<L, R, V>(&mut sums, a, tile.a_row, b);
+                a = a.add(tile.a_unit);
+                b = b.add(V * L::WIDTH);
+            }
+            left -= 4;
+        }
+        for _ in 0..left {
+            step::<L, R, V>(&mut sums, a, tile.a_row, b);
+            a = a.add(tile.a_unit);
+            b = b.add(V * L::WIDTH);
+        }
+        for (row, sums) in sums.into_iter().enumerate() {
+            for (vector, sum) in sums.into_iter().enumerate() {
+                let c = tile.c.add(row * tile.c_row + vector * L::WIDTH);
+                if tile.sums == Sums::Add { L::load(c).add(sum).store(c) } else { sum.store(c) }
+            }
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn step<L: Lanes, const R: usize, const V: usize>(sums: &mut [[L; V]; R], a: *const u8, a_row: usize, b: *const u32) {
+    // SAFETY: as for `tile`; a unit of A may lie at any address, since bf16 rows may start at an odd element.
+    unsafe {
+        let mut columns = [L::splat(0); V];
+        for (vector, units) in columns.iter_mut().enumerate() {
+            *units = L::units(b.add(vector * L::WIDTH));
+        }
+        for (row, sums) in sums.iter_mut().enumerate() {
+            let unit = L::splat(a.add(row * a_row).cast::<u32>().read_unaligned());
+            for (sum, units) in sums.iter_mut().zip(columns) {
+                *sum = sum.link(unit, units);
+            }
+        }
+    }
+}
+
+/// Eight f32 in plain Rust.
+#[derive(Clone, Copy)]
+struct Plain([f32; 8]);
+
+impl Lanes for Plain {
+    type Units = [f32; 8];
+    const WIDTH: usize = 8;
+    #[inline(always)]
+    unsafe fn zero() -> Self {
+        Plain([0.0; 8])
+    }
+    #[inline(always)]
+    unsafe fn load(from: *const f32) -> Self {
+        // SAFETY: the caller vouches for eight elements.
+        Plain(unsafe { from.cast::<[f32; 8]>().read_unaligned() })
+    }
+    #[inline(always)]
+    unsafe fn store(self, to: *mut f32) {
+        // SAFETY: the caller vouches for eight elements.
+        unsafe { to.cast::<[f32; 8]>().write_unaligned(self.0) }
+    }
+    #[inline(always)]
+    unsafe fn add(self, other: Self) -> Self {
+        Plain(std::array::from_fn(|lane| self.0[lane] + other.0[lane]))
+    }
+    #[inline(always)]
+    unsafe fn units(from: *const u32) -> [f32; 8] {
+        // SAFETY: the caller vouches for eight units.
+        unsafe { from.cast::<[f32; 8]>().read_unaligned() }
+    }
+    #[inline(always)]
+    unsafe fn splat(unit: u32) -> [f32; 8] {
+        [f32::from_bits(unit); 8]
+    }
+    #[inline(always)]
+    unsafe fn link(self, a: [f32; 8], b: [f32; 8]) -> Self {
+        Plain(std::array::from_fn(|lane| a[lane].mul_add(b[lane], self.0[lane])))
+    }
+}
+
+/// Eight sums of products of bf16, with the flushing of `vdpbf16ps`.
+#[derive(Clone, Copy)]
+struct Flushing([f32; 8]);
+
+impl Lanes for Flushing {
+    type Units = [f32; 8];
+    const WIDTH: usize = 8;
+    #[inline(always)]
+    unsafe fn zero() -> Self {
+        Flushing([0.0; 8])
+    }
+    #[inline(always)]
+    unsafe fn load(from: *const f32) -> Self {
+        // SAFETY: the caller vouches for eight elements.
+        Flushing(unsafe { Plain::load(from) }.0)
+    }
+    #[inline(always)]
+    unsafe fn store(self, to: *mut f32) {
+        // SAFETY: the caller vouches for eight elements.
+        unsafe { Plain(self.0).store(to) }
+    }
+    #[inline(always)]
+    unsafe fn add(self, other: Self) -> Self {
+        Flushing(std::array::from_fn(|lane| self.0[lane] + other.0[lane]))
+    }
+    #[inline(always)]
+    unsafe fn units(from: *const u32) -> [f32; 8] {
+        // SAFETY: the caller vouches for eight units.
+        unsafe { Plain::units(from) }
+    }
+    #[inline(always)]
+    unsafe fn splat(unit: u32) -> [f32; 8] {
+        [f32::from_bits(unit); 8]
+    }
+    #[inline(always)]
+    unsafe fn link(self, a: [f32; 8], b: [f32; 8]) -> Self {
+        Flushing(std::array::from_fn(|lane| link_flushing(a[lane], b[lane], self.0[lane])))
+    }
+}
+
+/// One of the two links of a `vdpbf16ps` element: `a` and `b` are bf16 without denormals, `sum` is not denormal.
+///
+/// A result is too small when it is below 2^-126 after rounding to 24 bits, that is when it lies below 2^-126 - 2^-151. The product is
+/// exact in f64 (16 bits), and so is the sum wherever it comes close to that limit.
+#[inline(always)]
+pub fn link_flushing(a: f32, b: f32, sum: f32) -> f32 {
+    const LIMIT: f64 = f32::MIN_POSITIVE as f64 * (1.0 - 1.0 / (1u64 << 25) as f64);
+    let exact = a as f64 * b as f64 + sum as f64;
+    let rounded = a.mul_add(b, sum);
+    if exact.abs() < LIMIT { 0f32.copysign(rounded) } else { rounded }
+}
+
+#[cfg(target_arch = "x86_64")]
+impl Lanes for __m256 {
+    type Units = __m256;
+    const WIDTH: usize = 8;
+    #[inline(always)]
+    unsafe fn zero() -> Self {
+        // SAFETY: only called from functions that have AVX2 and FMA, as all of this impl.
+        unsafe { _mm256_setzero_ps() }
+    }
+    #[inline(always)]
+    unsafe fn load(from: *const f32) -> Self {
+        // SAFETY: the caller vouches for eight elements.
+        unsafe { _mm256_loadu_ps(from) }
+    }
+    #[inline(always)]
+    unsafe fn store(self, to: *mut f32) {
+        // SAFETY: the caller vouches for eight elements.
+        unsafe { _mm256_storeu_ps(to, self) }
+    }
+    #[inline(always)]
+    unsafe fn add(self, other: Self) -> Self {
+        // SAFETY: as for `zero`.
+        unsafe { _mm256_add_ps(self, other) }
+    }
+    #[inline(always)]
+    unsafe fn units(from: *const u32) -> __m256 {
+        // SAFETY: the caller vouches for eight units.
+        unsafe { _mm256_loadu_ps(from.cast()) }
+    }
+    #[inline(always)]
+    unsafe fn splat(unit: u32) -> __m256 {
+        // SAFETY: as for `zero`.
+        unsafe { _mm256_set1_ps(f32::from_bits(unit)) }
+    }
+    #[inline(always)]
+    unsafe fn link(self, a: __m256, b: __m256) -> Self {
+        // SAFETY: as for `zero`.
+        unsafe { _mm256_fmadd_ps(a, b, self) }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+impl Lanes for __m512 {
+    type Units = __m512;
+    const WIDTH: usize = 16;
+    #[inline(always)]
+    unsafe fn zero() -> Self {
+        // SAFETY: only called from functions that have AVX-512, as all of this impl.
+        unsafe { _mm512_setzero_ps() }
+    }
+    #[inline(always)]
+    unsafe fn load(from: *const f32) -> Self {
+        // SAFETY: the caller vouches for sixteen elements.
+        unsafe { _mm512_loadu_ps(from) }
+    }
+    #[inline(always)]
+    unsafe fn store(self, to: *mut f32) {
+        // SAFETY: the caller vouches for sixteen elements.
+        unsafe { _mm512_storeu_ps(to, self) }
+    }
+    #[inline(always)]
+    unsafe fn add(self, other: Self) -> Self {
+        // SAFETY: as for `zero`.
+        unsafe { _mm512_add_ps(self, other) }
+    }
+    #[inline(always)]
+    unsafe fn units(from: *const u32) -> __m512 {
+        // SAFETY: the caller vouches for sixteen units.
+        unsafe { _mm512_loadu_ps(from.cast()) }
+    }
+    #[inline(always)]
+    unsafe fn splat(unit: u32) -> __m512 {
+        // SAFETY: as for `zero`.
+        unsafe { _mm512_set1_ps(f32::from_bits(unit)) }
+    }
+    #[inline(always)]
+    unsafe fn link(self, a: __m512, b: __m512) -> Self {
+        // SAFETY: as for `zero`.
+        unsafe { _mm512_fmadd_ps(a, b, self) }
+    }
+}
+
+/// Sixteen sums that take units of two bf16.
+#[cfg(target_arch = "x86_64")]
+#[derive(Clone, Copy)]
+struct Dots(__m512);
+
+#[cfg(target_arch = "x86_64")]
+impl Lanes for Dots {
+    type Units = __m512i;
+    const WIDTH: usize = 16;
+    #[inline(always)]
+    unsafe fn zero() -> Self {
+        // SAFETY: only called from functions that have AVX-512 and its bf16 part, as all of this impl.
+        Dots(unsafe { _mm512_setzero_ps() })
+    }
+    #[inline(always)]
+    unsafe fn load(from: *const f32) -> Self {
+        // SAFETY: the caller vouches for sixteen elements.
+        Dots(unsafe { _mm512_loadu_ps(from) })
+    }
+    #[inline(always)]
+    unsafe fn store(self, to: *mut f32) {
+        // SAFETY: the caller vouches for sixteen elements.
+        unsafe { _mm512_storeu_ps(to, self.0) }
+    }
+    #[inline(always)]
+    unsafe fn add(self, other: Self) -> Self {
+        // SAFETY: as for `zero`.
+        Dots(unsafe { _mm512_add_ps(self.0, other.0) })
+    }
+    #[inline(always)]
+    unsafe fn units(from: *const u32) -> __m512i {
+        // SAFETY: the caller vouches for sixteen units.
+        unsafe { _mm512_loadu_si512(from.cast()) }
+    }
+    #[inline(always)]
+    unsafe fn splat(unit: u32) -> __m512i {
+        // SAFETY: as for `zero`.
+        unsafe { _mm512_set1_epi32(unit.cast_signed()) }
+    }
+    #[inline(always)]
+    unsafe fn link(self, a: __m512i, b: __m512i) -> Self {
+        // SAFETY: as for `zero`; the two types are the same 512 bits.
+        Dots(unsafe { _mm512_dpbf16_ps(self.0, std::mem::transmute::<__m512i, __m512bh>(a), std::mem::transmute::<__m512i, __m512bh>(b)) })
+    }
+}
+
+/// A function that picks the compiled size of a tile, with the instructions that its lanes need.
+macro_rules! sizes {
+    ($(#[$feature:meta])* $name:ident: $lanes:ty, rows $($rows:literal)*) => {
+        /// # Safety
+        /// As for `Micro::run`.
+        $(#[$feature])*
+        unsafe fn $name(rows: usize, vectors: usize, at: &Tile) {
+            // SAFETY: what the caller vouches for.
+            unsafe {
+                match (rows, vectors) {
+                    $(
+                        ($rows, 1) => tile::<$lanes, $rows, 1>(at),
+                        ($rows, 2) => tile::<$lanes, $rows, 2>(at),
+                        ($rows, 3) => tile::<$lanes, $rows, 3>(at),
+                    )*
+                    _ => unreachable!("no tile of {rows} rows and {vectors} vectors"),
+                }
+            }
+        }
+    };
+}
+
+sizes!(tile_portable: Plain, rows 1 2 4);
+sizes!(tile_flushing: Flushing, rows 1 2 4);
+#[cfg(target_arch = "x86_64")]
+sizes!(#[target_feature(enable = "avx2,fma")] tile_avx2: __m256, rows 1 2 4);
+#[cfg(target_arch = "x86_64")]
+sizes!(#[target_feature(enable = "avx512f")] tile_avx512: __m512, rows 1 2 4 8);
+#[cfg(target_arch = "x86_64")]
+sizes!(#[target_feature(enable = "avx512f,avx512bf16")] tile_avx512_bf16: Dots, rows 1 2 4 8);

@@ -1,0 +1,252 @@
+//! Packing: a block of an operand is copied into the order in which the tiles read it.
+//!
+//! A packed panel of `width` rows of A (or columns of B) is `[units][width]`. What is missing to a whole width, or to a whole pair
+//! along K, is zero.
+//!
+//! Invariant: packing moves or widens values and never rounds; a faster way to pack gives the same panel.
+#![allow(unsafe_code)]
+
+use crate::device::cpu::Isa;
+use crate::device::cpu::micro::Unit;
+use crate::dtype::{Dtype, Element};
+#[cfg(target_arch = "x86_64")]
+use std::arch::x86_64::{
+    __m512i, _mm256_loadu_si256, _mm512_cvtepu16_epi32, _mm512_maskz_loadu_epi32, _mm512_or_si512, _mm512_setzero_si512,
+    _mm512_shuffle_i32x4, _mm512_slli_epi32, _mm512_storeu_si512, _mm512_unpackhi_epi32, _mm512_unpackhi_epi64, _mm512_unpacklo_epi32,
+    _mm512_unpacklo_epi64,
+};
+use std::ops::Range;
+
+/// Which index of an operand has neighbours in memory.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Along {
+    /// Element (x, k) lies at `x * stride + k`.
+    K,
+    /// Element (x, k) lies at `k * stride + x`.
+    X,
+}
+
+/// One operand of a product: x counts rows of A or columns of B.
+#[derive(Clone, Copy)]
+pub struct Operand<'a, T> {
+    pub data: &'a [T],
+    pub stride: usize,
+    pub along: Along,
+}
+
+impl<T: Element> Operand<'_, T> {
+    pub fn index(&self, x: usize, k: usize) -> usize {
+        match self.along {
+            Along::K => x * self.stride + k,
+            Along::X => k * self.stride + x,
+        }
+    }
+
+    /// Fails when an element with `x < xs` and `k < ks` lies outside of the data, or two share a place.
+    pub fn check(&self, xs: usize, ks: usize) {
+        let inner = if self.along == Along::K { ks } else { xs };
+        assert!(inner <= self.stride, "runs of {inner} elements at a distance of {}", self.stride);
+        assert!(self.index(xs - 1, ks - 1) < self.data.len(), "{xs} x {ks} elements of {}", self.data.len());
+    }
+
+    /// The elements from (x, k) on, as bits.
+    fn bits<B: bytemuck::Pod>(&self, x: usize, k: usize) -> &[B] {
+        bytemuck::cast_slice(&self.data[self.index(x, k)..])
+    }
+}
+
+/// Packs the rows `xs` and the elements `ks` along K of `operand` into `panel`, which is `width` wide.
+pub fn pack<T: Element>(
+    isa: Isa,
+    unit: Unit,
+    operand: &Operand<'_, T>,
+    xs: Range<usize>,
+    ks: Range<usize>,
+    width: usize,
+    panel: &mut [u32],
+) {
+    assert!(xs.len() <= width && panel.len() == unit.count(ks.len()) * width, "{xs:?} x {ks:?} into {} units", panel.len());
+    if xs.is_empty() || ks.is_empty() {
+        return panel.fill(0);
+    }
+    let whole = match unit {
+        Unit::Pair => ks.len() / 2,
+        Unit::Single | Unit::Swapped => unit.count(ks.len()),
+    };
+    let (fast, rest) = panel.split_at_mut(whole * width);
+    let wide = isa >= Isa::Avx512;
+    match (unit, T::DTYPE, operand.along) {
+        #[cfg(target_arch = "x86_64")]
+        (Unit::Single, Dtype::F32, Along::K) | (Unit::Pair, Dtype::Bf16, Along::K) if wide => {
+            let halves = if unit == Unit::Pair { 2 } else { 1 };
+            let last = operand.index(xs.end - 1, ks.start + whole * halves);
+            assert!(last <= operand.data.len(), "the last row ends at {last} of {}", operand.data.len());
+            let from = operand.data[operand.index(xs.start, ks.start)..].as_ptr().cast();
+            // SAFETY: every row has `whole` units, the last of them ends inside the data (asserted above), and the processor has AVX-512.
+            unsafe { transpose_avx512(from, operand.stride * size_of::<T>(), xs.len(), width, whole, fast) }
+        }
+        (Unit::Single, Dtype::F32, Along::X) => {
+            for (k, to) in ks.clone().zip(fast.chunks_exact_mut(width)) {
+                let (to, padding) = to.split_at_mut(xs.len());
+                to.copy_from_slice(&operand.bits(xs.start, k)[..xs.len()]);
+                padding.fill(0);
+            }
+        }
+        #[cfg(target_arch = "x86_64")]
+        (Unit::Pair, Dtype::Bf16, Along::X) if wide && xs.len().is_multiple_of(16) && xs.len() == width => {
+            let pairs = fast.chunks_exact_mut(width).zip(ks.clone().step_by(2));
+            for (to, k) in pairs {
+                let (even, odd) = (&operand.bits(xs.start, k)[..width], &operand.bits(xs.start, k + 1)[..width]);
+                // SAFETY: the processor has AVX-512.
+                unsafe { interleave_avx512(even, odd, to) }
+            }
+        }
+        _ => plain(unit, operand, xs.clone(), ks.clone(), width, fast),
+    }
+    if unit == Unit::Pair && !rest.is_empty() {
+        plain(unit, operand, xs, ks.end - 1..ks.end, width, rest);
+    }
+}
+
+/// The definition of a packed panel.
+fn plain<T: Element>(unit: Unit, operand: &Operand<'_, T>, xs: Range<usize>, ks: Range<usize>, width: usize, panel: &mut [u32]) {
+    let element = |x: usize, k: usize| if k < ks.end { operand.data[operand.index(x, k)].to_f32() } else { 0.0 };
+    for (step, to) in panel.chunks_exact_mut(width).enumerate() {
+        let (to, padding) = to.split_at_mut(xs.len());
+        for (x, to) in xs.clone().zip(to) {
+            *to = match unit {
+                Unit::Single => element(x, ks.start + step).to_bits(),
+                Unit::Swapped => without_denormals(element(x, ks.start + (step ^ 1))).to_bits(),
+                // A bf16 is the upper half of its f32.
+                Unit::Pair => {
+                    let k = ks.start + 2 * step;
+                    (element(x, k).to_bits() >> 16) | (element(x, k + 1).to_bits() & 0xffff_0000)
+                }
+            };
+        }
+        padding.fill(0);
+    }
+}
+
+fn without_denormals(x: f32) -> f32 {
+    if x.is_subnormal() { 0f32.copysign(x) } else { x }
+}
+
+/// Turns `rows` rows of 32-bit units, `row_bytes` apart, into a panel of `units` steps.
+///
+/// # Safety
+/// The rows must be readable for `units` units each; the processor must have AVX-512.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f")]
+unsafe fn transpose_avx512(from: *const u8, row_bytes: usize, rows: usize, width: usize, units: usize, panel: &mut [u32]) {
+    assert_eq!(panel.len(), units * width, "a panel of {units} units of {width} rows");
+    for row in (0..width).step_by(16) {
+        let (present, wide) = (rows.saturating_sub(row).min(16), (width - row).min(16));
+        for unit in (0..units).step_by(16) {
+            let count = (units - unit).min(16);
+            let mask = u16::MAX >> (16 - count);
+            let mut block = [_mm512_setzero_si512(); 16];
+            for (index, line) in block.iter_mut().enumerate().take(present) {
+                // SAFETY: the mask keeps the load within the `units` units of a row that exists.
+                *line = unsafe { _mm512_maskz_loadu_epi32(mask, from.add((row + index) * row_bytes + unit * 4).cast()) };
+            }
+            transpose_block(&mut block);
+            if wide == 16 {
+                for (index, line) in block.into_iter().enumerate().take(count) {
+                    let to = &mut panel[(unit + index) * width + row..][..16];
+                    // SAFETY: `to` has sixteen units.
+                    unsafe { _mm512_storeu_si512(to.as_mut_ptr().cast(), line) };
+                }
+            } else {
+                for (index, line) in block.into_iter().enumerate().take(count) {
+                    let mut units = [0u32; 16];
+                    // SAFETY: `units` has sixteen units.
+                    unsafe { _mm512_storeu_si512(units.as_mut_ptr().cast(), line) };
+                    panel[(unit + index) * width + row..][..wide].copy_from_slice(&units[..wide]);
+                }
+            }
+        }
+    }
+}
+
+/// Transposes a 16 x 16 block of 32-bit units.
+#[cfg(target_arch = "x86_64")]
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn transpose_block(rows: &mut [__m512i; 16]) {
+    let mut other = [_mm512_setzero_si512(); 16];
+    for i in 0..8 {
+        other[2 * i] = _mm512_unpacklo_epi32(rows[2 * i], rows[2 * i + 1]);
+        other[2 * i + 1] = _mm512_unpackhi_epi32(rows[2 * i], rows[2 * i + 1]);
+    }
+    // Now each 128-bit lane of four registers holds a 4 x 4 block; within it, columns become rows.
+    for i in 0..4 {
+        let four = [other[4 * i], other[4 * i + 1], other[4 * i + 2], other[4 * i + 3]];
+        rows[4 * i] = _mm512_unpacklo_epi64(four[0], four[2]);
+        rows[4 * i + 1] = _mm512_unpackhi_epi64(four[0], four[2]);
+        rows[4 * i + 2] = _mm512_unpacklo_epi64(four[1], four[3]);
+        rows[4 * i + 3] = _mm512_unpackhi_epi64(four[1], four[3]);
+    }
+    // What is left is a 4 x 4 transposition of whole lanes, for each of the four columns of a lane.
+    for column in 0..4 {
+        let (a, b, c, d) = (rows[column], rows[4 + column], rows[8 + column], rows[12 + column]);
+        let (ab_even, ab_odd) = (_mm512_shuffle_i32x4::<0x88>(a, b), _mm512_shuffle_i32x4::<0xdd>(a, b));
+        let (cd_even, cd_odd) = (_mm512_shuffle_i32x4::<0x88>(c, d), _mm512_shuffle_i32x4::<0xdd>(c, d));
+        other[column] = _mm512_shuffle_i32x4::<0x88>(ab_even, cd_even);
+        other[4 + column] = _mm512_shuffle_i32x4::<0x88>(ab_odd, cd_odd);
+        other[8 + column] = _mm512_shuffle_i32x4::<0xdd>(ab_even, cd_even);
+        other[12 + column] = _mm512_shuffle_i32x4::<0xdd>(ab_odd, cd_odd);
+    }
+    *rows = other;
+}
+
+/// Joins two lines of bf16, neighbours along K, into units.
+///
+/// # Safety
+/// The processor must have AVX-512.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f")]
+unsafe fn interleave_avx512(even: &[u16], odd: &[u16], to: &mut [u32]) {
+    assert!(to.len().is_multiple_of(16) && even.len() == to.len() && odd.len() == to.len(), "lines of one length");
+    for start in (0..to.len()).step_by(16) {
+        // SAFETY: sixteen elements from `start` on are inside all three slices.
+        unsafe {
+            let low = _mm512_cvtepu16_epi32(_mm256_loadu_si256(even.as_ptr().add(start).cast()));
+            let high = _mm512_cvtepu16_epi32(_mm256_loadu_si256(odd.as_ptr().add(start).cast()));
+            _mm512_storeu_si512(to.as_mut_ptr().add(start).cast(), _mm512_or_si512(low, _mm512_slli_epi32::<16>(high)));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::rng::Stream;
+    use half::bf16;
+
+    fn check<T: Element>(unit: Unit, values: &[T]) {
+        for (xs, ks, width) in
+            [(3..19, 1..40, 16), (0..48, 0..64, 48), (5..6, 2..3, 8), (1..40, 0..33, 48), (0..8, 3..20, 8), (2..9, 0..31, 7)]
+        {
+            for along in [Along::K, Along::X] {
+                let operand = Operand { data: values, stride: 71, along };
+                let mut expected = vec![7; unit.count(ks.len()) * width];
+                plain(unit, &operand, xs.clone(), ks.clone(), width, &mut expected);
+                let mut panel = vec![9; expected.len()];
+                pack(Isa::detect(), unit, &operand, xs.clone(), ks.clone(), width, &mut panel);
+                assert_eq!(panel, expected, "{unit:?} {along:?} {xs:?} {ks:?} {width}");
+            }
+        }
+    }
+
+    #[test]
+    fn fast_packing_gives_the_plain_panel() {
+        let stream = Stream::new(1, "pack");
+        let floats: Vec<f32> = (0..71 * 71).map(|i| stream.normal(i) as f32).collect();
+        let narrow: Vec<bf16> = floats.iter().map(|&x| bf16::from_f32(x)).collect();
+        check(Unit::Single, &floats);
+        check(Unit::Single, &narrow);
+        check(Unit::Swapped, &narrow);
+        check(Unit::Pair, &narrow);
+    }
+}
