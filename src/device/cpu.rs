@@ -2,6 +2,8 @@
 //!
 //! Invariant: work is split over threads by outputs, never over the terms of a sum, so the number of threads cannot change a bit.
 
+pub mod widest;
+
 use crate::device::memory::Memory;
 use rayon::ThreadPool;
 use std::sync::Arc;
