@@ -6,6 +6,7 @@ pub mod gemm;
 pub mod micro;
 pub mod pack;
 pub mod vector;
+pub mod widest;
 
 use crate::device::memory::Memory;
 use rayon::ThreadPool;

@@ -26,7 +26,7 @@ pub fn swiglu_forward(gate_up: View<'_>) -> Tensor {
     match gate_up.device() {
         Device::Cpu(cpu) => dispatch!(gate_up.dtype(), T => {
             let gate_up = gate_up.slice::<T>();
-            over_rows(cpu, n, f * COST, Rows::new(h.view_mut().into_slice::<T>(), f), |rows, h| {
+            over_rows(cpu, n, f * COST, Rows::new(h.view_mut().into_slice::<T>(), f), #[inline(always)] |rows, h| {
                 for (row, h) in rows.zip(h.each()) {
                     let (gate, up) = gate_up[row * 2 * f..][..2 * f].split_at(f);
                     for ((h, gate), up) in h.iter_mut().zip(gate).zip(up) {
@@ -50,7 +50,7 @@ pub fn swiglu_backward(dh: View<'_>, gate_up: View<'_>) -> Tensor {
     match gate_up.device() {
         Device::Cpu(cpu) => dispatch!(gate_up.dtype(), T => {
             let (dh, gate_up) = (dh.slice::<T>(), gate_up.slice::<T>());
-            over_rows(cpu, n, 2 * f * COST, Rows::new(dgate_up.view_mut().into_slice::<T>(), 2 * f), |rows, dgate_up| {
+            over_rows(cpu, n, 2 * f * COST, Rows::new(dgate_up.view_mut().into_slice::<T>(), 2 * f), #[inline(always)] |rows, dgate_up| {
                 for (row, dgate_up) in rows.zip(dgate_up.each()) {
                     let (gate, up) = gate_up[row * 2 * f..][..2 * f].split_at(f);
                     let (dgate, dup) = dgate_up.split_at_mut(f);
@@ -75,7 +75,7 @@ pub fn gelu_forward(x: View<'_>) -> Tensor {
     match x.device() {
         Device::Cpu(cpu) => dispatch!(x.dtype(), T => {
             let xs = x.slice::<T>();
-            over_rows(cpu, xs.len(), COST, Rows::new(y.view_mut().into_slice::<T>(), 1), |range, y| {
+            over_rows(cpu, xs.len(), COST, Rows::new(y.view_mut().into_slice::<T>(), 1), #[inline(always)] |range, y| {
                 for (y, x) in y.elements.iter_mut().zip(&xs[range]) {
                     let x = x.to_f32();
                     *y = T::from_f32(x * gelu_gate(x).0);
@@ -94,7 +94,7 @@ pub fn gelu_backward(dy: View<'_>, x: View<'_>) -> Tensor {
     match x.device() {
         Device::Cpu(cpu) => dispatch!(x.dtype(), T => {
             let (dys, xs) = (dy.slice::<T>(), x.slice::<T>());
-            over_rows(cpu, xs.len(), COST, Rows::new(dx.view_mut().into_slice::<T>(), 1), |range, dx| {
+            over_rows(cpu, xs.len(), COST, Rows::new(dx.view_mut().into_slice::<T>(), 1), #[inline(always)] |range, dx| {
                 for ((dx, dy), x) in dx.elements.iter_mut().zip(&dys[range.clone()]).zip(&xs[range]) {
                     let (gate, slope) = gelu_gate(x.to_f32());
                     *dx = T::from_f32(dy.to_f32() * (gate + slope));

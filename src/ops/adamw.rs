@@ -65,11 +65,18 @@ pub fn step(mut p: ViewMut<'_>, mut m: ViewMut<'_>, mut v: ViewMut<'_>, g: View<
         Device::Cpu(cpu) => {
             let gs = g.slice::<f32>();
             let state = (Rows::new(m.slice_mut::<f32>(), 1), Rows::new(v.slice_mut::<f32>(), 1));
-            over_rows(cpu, gs.len(), 4, (Rows::new(p.slice_mut::<f32>(), 1), state), |range, (p, (m, v))| {
-                for (((p, m), v), g) in p.elements.iter_mut().zip(m.elements).zip(v.elements).zip(&gs[range]) {
-                    (*p, *m, *v) = update(*p, *m, *v, *g, scalars);
-                }
-            });
+            over_rows(
+                cpu,
+                gs.len(),
+                4,
+                (Rows::new(p.slice_mut::<f32>(), 1), state),
+                #[inline(always)]
+                |range, (p, (m, v))| {
+                    for (((p, m), v), g) in p.elements.iter_mut().zip(m.elements).zip(v.elements).zip(&gs[range]) {
+                        (*p, *m, *v) = update(*p, *m, *v, *g, scalars);
+                    }
+                },
+            );
         }
         Device::Dry(_) => {}
     }
@@ -85,7 +92,7 @@ pub fn step_and_cast(mut p: ViewMut<'_>, mut m: ViewMut<'_>, mut v: ViewMut<'_>,
             let gs = g.slice::<f32>();
             let state = (Rows::new(m.slice_mut::<f32>(), 1), Rows::new(v.slice_mut::<f32>(), 1));
             let out = (Rows::new(p.slice_mut::<f32>(), 1), Rows::new(weights.slice_mut::<T>(), 1));
-            over_rows(cpu, gs.len(), 5, (out, state), |range, ((p, weights), (m, v))| {
+            over_rows(cpu, gs.len(), 5, (out, state), #[inline(always)] |range, ((p, weights), (m, v))| {
                 for ((((p, w), m), v), g) in p.elements.iter_mut().zip(weights.elements).zip(m.elements).zip(v.elements).zip(&gs[range]) {
                     (*p, *m, *v) = update(*p, *m, *v, *g, scalars);
                     *w = T::from_f32(*p);

@@ -35,7 +35,7 @@ pub fn row_max(logits: View<'_>) -> Tensor {
     match logits.device() {
         Device::Cpu(cpu) => dispatch!(logits.dtype(), T => {
             let logits = logits.slice::<T>();
-            over_rows(cpu, n, v, Rows::new(max.view_mut().into_slice::<f32>(), 1), |rows, max| {
+            over_rows(cpu, n, v, Rows::new(max.view_mut().into_slice::<f32>(), 1), #[inline(always)] |rows, max| {
                 for (row, max) in rows.zip(max.elements) {
                     *max = greatest(&logits[row * v..][..v]);
                 }
@@ -56,12 +56,12 @@ pub fn sums(logits: View<'_>, max: View<'_>, targets: View<'_>, first: usize, sh
     match logits.device() {
         Device::Cpu(cpu) => dispatch!(logits.dtype(), T => {
             let (logits, max, targets) = (logits.slice::<T>(), max.slice::<f32>(), targets.slice::<u32>());
-            over_rows(cpu, n, v * COST, Rows::new(sums.view_mut().into_slice::<f32>(), 2), |rows, sums| {
+            over_rows(cpu, n, v * COST, Rows::new(sums.view_mut().into_slice::<f32>(), 2), #[inline(always)] |rows, sums| {
                 let mut shards = vec![0f32; v.div_ceil(shard)];
                 for (row, sums) in rows.zip(sums.each()) {
                     let (logits, max) = (&logits[row * v..][..v], max[row]);
                     for (total, logits) in shards.iter_mut().zip(logits.chunks(shard)) {
-                        *total = sum(logits, |logit| exp(logit - max));
+                        *total = sum(logits, #[inline(always)] |logit| exp(logit - max));
                     }
                     let target = target_column(targets[row], first, v).map_or(0.0, |column| logits[column].to_f32() - max);
                     sums.copy_from_slice(&[tree(&mut shards), target]);
@@ -82,12 +82,19 @@ pub fn losses(sums: View<'_>, targets: View<'_>) -> Tensor {
     match sums.device() {
         Device::Cpu(cpu) => {
             let (sums, targets) = (sums.slice::<f32>(), targets.slice::<u32>());
-            over_rows(cpu, n, 16 * COST, Rows::new(losses.view_mut().into_slice::<f32>(), 1), |rows, losses| {
-                for (row, loss) in rows.zip(losses.elements) {
-                    let whole = (ln(sums[2 * row] as f64) - sums[2 * row + 1] as f64) as f32;
-                    *loss = if targets[row] == IGNORED { 0.0 } else { whole };
-                }
-            });
+            over_rows(
+                cpu,
+                n,
+                16 * COST,
+                Rows::new(losses.view_mut().into_slice::<f32>(), 1),
+                #[inline(always)]
+                |rows, losses| {
+                    for (row, loss) in rows.zip(losses.elements) {
+                        let whole = (ln(sums[2 * row] as f64) - sums[2 * row + 1] as f64) as f32;
+                        *loss = if targets[row] == IGNORED { 0.0 } else { whole };
+                    }
+                },
+            );
         }
         Device::Dry(_) => {}
     }
@@ -103,7 +110,7 @@ pub fn finish(mut logits: ViewMut<'_>, max: View<'_>, sums: View<'_>, targets: V
     match max.device() {
         Device::Cpu(cpu) => dispatch!(logits.dtype(), T => {
             let (max, sums, targets) = (max.slice::<f32>(), sums.slice::<f32>(), targets.slice::<u32>());
-            over_rows(cpu, n, v * COST, Rows::new(logits.slice_mut::<T>(), v), |rows, logits| {
+            over_rows(cpu, n, v * COST, Rows::new(logits.slice_mut::<T>(), v), #[inline(always)] |rows, logits| {
                 for (row, logits) in rows.zip(logits.each()) {
                     if targets[row] == IGNORED {
                         logits.fill(T::default());

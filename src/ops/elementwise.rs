@@ -39,7 +39,7 @@ pub fn scale(mut x: ViewMut<'_>, factor: f32) {
     match x.device() {
         Device::Cpu(cpu) => dispatch!(x.dtype(), T => {
             let x = x.slice_mut::<T>();
-            over_rows(cpu, x.len(), 1, Rows::new(x, 1), |_, x| {
+            over_rows(cpu, x.len(), 1, Rows::new(x, 1), #[inline(always)] |_, x| {
                 for x in x.elements {
                     *x = T::from_f32(x.to_f32() * factor);
                 }
@@ -56,7 +56,7 @@ pub fn add_row(mut y: ViewMut<'_>, bias: View<'_>) {
     match bias.device() {
         Device::Cpu(cpu) => dispatch!(bias.dtype(), T => {
             let bias = bias.slice::<T>();
-            over_rows(cpu, n, c, Rows::new(y.slice_mut::<T>(), c), |_, y| {
+            over_rows(cpu, n, c, Rows::new(y.slice_mut::<T>(), c), #[inline(always)] |_, y| {
                 for y in y.each() {
                     for (y, bias) in y.iter_mut().zip(bias) {
                         *y = T::from_f32(y.to_f32() + bias.to_f32());
@@ -72,11 +72,18 @@ fn update<Y: Element, X: Element>(mut y: ViewMut<'_>, x: View<'_>, new: impl Fn(
     check_counts(&y, x);
     let Device::Cpu(cpu) = x.device() else { return };
     let xs = x.slice::<X>();
-    over_rows(cpu, xs.len(), 1, Rows::new(y.slice_mut::<Y>(), 1), |range, y| {
-        for (y, x) in y.elements.iter_mut().zip(&xs[range]) {
-            *y = Y::from_f32(new(y.to_f32(), x.to_f32()));
-        }
-    });
+    over_rows(
+        cpu,
+        xs.len(),
+        1,
+        Rows::new(y.slice_mut::<Y>(), 1),
+        #[inline(always)]
+        |range, y| {
+            for (y, x) in y.elements.iter_mut().zip(&xs[range]) {
+                *y = Y::from_f32(new(y.to_f32(), x.to_f32()));
+            }
+        },
+    );
 }
 
 fn check_counts(y: &ViewMut<'_>, x: View<'_>) {

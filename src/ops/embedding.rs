@@ -24,7 +24,7 @@ pub fn forward(ids: View<'_>, table: View<'_>, first: usize) -> Tensor {
     match table.device() {
         Device::Cpu(cpu) => dispatch!(table.dtype(), T => {
             let (ids, table) = (ids.slice::<u32>(), table.slice::<T>());
-            over_rows(cpu, n, columns, Rows::new(y.view_mut().into_slice::<T>(), columns), |rows, y| {
+            over_rows(cpu, n, columns, Rows::new(y.view_mut().into_slice::<T>(), columns), #[inline(always)] |rows, y| {
                 for (id, y) in ids[rows].iter().zip(y.each()) {
                     match local_row(*id, first, local) {
                         Some(row) => y.copy_from_slice(&table[row * columns..][..columns]),
@@ -49,7 +49,7 @@ pub fn backward(mut dw: ViewMut<'_>, dy: View<'_>, ids: View<'_>, first: usize) 
             let (ids, dy) = (ids.slice::<u32>(), dy.slice::<T>());
             // Every part looks at all ids and takes those of its own rows: looking is cheap beside adding a row.
             let cost = (ids.len() * columns).div_ceil(local.max(1));
-            over_rows(cpu, local, cost, Rows::new(dw.slice_mut::<f32>(), columns), |rows, dw| {
+            over_rows(cpu, local, cost, Rows::new(dw.slice_mut::<f32>(), columns), #[inline(always)] |rows, dw| {
                 for (id, dy) in ids.iter().zip(dy.chunks_exact(columns)) {
                     if let Some(row) = local_row(*id, first + rows.start, rows.len()) {
                         add_row(&mut dw.elements[row * columns..][..columns], dy);
@@ -70,7 +70,7 @@ pub fn positions_forward(mut x: ViewMut<'_>, table: View<'_>, positions: View<'_
     match table.device() {
         Device::Cpu(cpu) => dispatch!(table.dtype(), T => {
             let (table, positions) = (table.slice::<T>(), positions.slice::<u32>());
-            over_rows(cpu, n, columns, Rows::new(x.slice_mut::<T>(), columns), |rows, x| {
+            over_rows(cpu, n, columns, Rows::new(x.slice_mut::<T>(), columns), #[inline(always)] |rows, x| {
                 for (position, x) in positions[rows].iter().zip(x.each()) {
                     assert!((*position as usize) < most, "position {position} of a table of {most}");
                     let vector = &table[*position as usize * columns..][..columns];

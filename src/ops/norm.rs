@@ -27,10 +27,10 @@ pub fn rms_forward(x: View<'_>, w: View<'_>, eps: f32) -> (Tensor, Tensor) {
         Device::Cpu(cpu) => dispatch!(x.dtype(), T => {
             let (x, w) = (x.slice::<T>(), w.slice::<T>());
             let out = (Rows::new(y.view_mut().into_slice::<T>(), c), Rows::new(r.view_mut().into_slice::<f32>(), 1));
-            over_rows(cpu, n, c, out, |rows, (y, r)| {
+            over_rows(cpu, n, c, out, #[inline(always)] |rows, (y, r)| {
                 for ((row, y), r) in rows.zip(y.each()).zip(r.elements) {
                     let x = &x[row * c..][..c];
-                    *r = 1.0 / (sum(x, |x| x * x) / c as f32 + eps).sqrt();
+                    *r = 1.0 / (sum(x, #[inline(always)] |x| x * x) / c as f32 + eps).sqrt();
                     rms_row(y, x, w, *r);
                 }
             });
@@ -48,7 +48,7 @@ pub fn rms_again(x: View<'_>, w: View<'_>, r: View<'_>) -> Tensor {
     match x.device() {
         Device::Cpu(cpu) => dispatch!(x.dtype(), T => {
             let (x, w, r) = (x.slice::<T>(), w.slice::<T>(), r.slice::<f32>());
-            over_rows(cpu, n, c, Rows::new(y.view_mut().into_slice::<T>(), c), |rows, y| {
+            over_rows(cpu, n, c, Rows::new(y.view_mut().into_slice::<T>(), c), #[inline(always)] |rows, y| {
                 for (row, y) in rows.zip(y.each()) {
                     rms_row(y, &x[row * c..][..c], w, r[row]);
                 }
@@ -75,10 +75,10 @@ pub fn rms_backward(dy: View<'_>, x: View<'_>, w: View<'_>, r: View<'_>) -> Tens
     match x.device() {
         Device::Cpu(cpu) => dispatch!(x.dtype(), T => {
             let (dy, x, w, r) = (dy.slice::<T>(), x.slice::<T>(), w.slice::<T>(), r.slice::<f32>());
-            over_rows(cpu, n, 2 * c, Rows::new(dx.view_mut().into_slice::<T>(), c), |rows, dx| {
+            over_rows(cpu, n, 2 * c, Rows::new(dx.view_mut().into_slice::<T>(), c), #[inline(always)] |rows, dx| {
                 for (row, dx) in rows.zip(dx.each()) {
                     let (dy, x, r) = (&dy[row * c..][..c], &x[row * c..][..c], r[row]);
-                    let (along, _) = sums_of_three(dy, x, w, |dy, x, w| ((dy * w) * (x * r), 0.0));
+                    let (along, _) = sums_of_three(dy, x, w, #[inline(always)] |dy, x, w| ((dy * w) * (x * r), 0.0));
                     let along = along / c as f32;
                     for (((dx, dy), x), w) in dx.iter_mut().zip(dy).zip(x).zip(w) {
                         let (dh, h) = (dy.to_f32() * w.to_f32(), x.to_f32() * r);
@@ -101,7 +101,7 @@ pub fn rms_backward_weight(dw: ViewMut<'_>, dy: View<'_>, x: View<'_>, r: View<'
     match x.device() {
         Device::Cpu(_) => dispatch!(x.dtype(), T => {
             let (dy, x, r) = (dy.slice::<T>(), x.slice::<T>(), r.slice::<f32>());
-            add_by_chunks(dw, n, t, |row, columns, sums| {
+            add_by_chunks(dw, n, t, #[inline(always)] |row, columns, sums| {
                 let (dy, x, r) = (&dy[row * c..][columns.clone()], &x[row * c..][columns], r[row]);
                 for ((sum, dy), x) in sums.iter_mut().zip(dy).zip(x) {
                     *sum += dy.to_f32() * (x.to_f32() * r);
@@ -122,11 +122,11 @@ pub fn layer_forward(x: View<'_>, w: View<'_>, b: View<'_>, eps: f32) -> (Tensor
         Device::Cpu(cpu) => dispatch!(x.dtype(), T => {
             let (x, w, b) = (x.slice::<T>(), w.slice::<T>(), b.slice::<T>());
             let out = (Rows::new(y.view_mut().into_slice::<T>(), c), Rows::new(stats.view_mut().into_slice::<f32>(), 2));
-            over_rows(cpu, n, 2 * c, out, |rows, (y, stats)| {
+            over_rows(cpu, n, 2 * c, out, #[inline(always)] |rows, (y, stats)| {
                 for ((row, y), stats) in rows.zip(y.each()).zip(stats.each()) {
                     let x = &x[row * c..][..c];
-                    let mean = sum(x, |x| x) / c as f32;
-                    let variance = sum(x, |x| (x - mean) * (x - mean)) / c as f32;
+                    let mean = sum(x, #[inline(always)] |x| x) / c as f32;
+                    let variance = sum(x, #[inline(always)] |x| (x - mean) * (x - mean)) / c as f32;
                     stats.copy_from_slice(&[mean, 1.0 / (variance + eps).sqrt()]);
                     layer_row(y, x, w, b, stats);
                 }
@@ -146,7 +146,7 @@ pub fn layer_again(x: View<'_>, w: View<'_>, b: View<'_>, stats: View<'_>) -> Te
     match x.device() {
         Device::Cpu(cpu) => dispatch!(x.dtype(), T => {
             let (x, w, b, stats) = (x.slice::<T>(), w.slice::<T>(), b.slice::<T>(), stats.slice::<f32>());
-            over_rows(cpu, n, c, Rows::new(y.view_mut().into_slice::<T>(), c), |rows, y| {
+            over_rows(cpu, n, c, Rows::new(y.view_mut().into_slice::<T>(), c), #[inline(always)] |rows, y| {
                 for (row, y) in rows.zip(y.each()) {
                     layer_row(y, &x[row * c..][..c], w, b, &stats[2 * row..][..2]);
                 }
@@ -174,11 +174,11 @@ pub fn layer_backward(dy: View<'_>, x: View<'_>, w: View<'_>, stats: View<'_>) -
     match x.device() {
         Device::Cpu(cpu) => dispatch!(x.dtype(), T => {
             let (dy, x, w, stats) = (dy.slice::<T>(), x.slice::<T>(), w.slice::<T>(), stats.slice::<f32>());
-            over_rows(cpu, n, 2 * c, Rows::new(dx.view_mut().into_slice::<T>(), c), |rows, dx| {
+            over_rows(cpu, n, 2 * c, Rows::new(dx.view_mut().into_slice::<T>(), c), #[inline(always)] |rows, dx| {
                 for (row, dx) in rows.zip(dx.each()) {
                     let (dy, x) = (&dy[row * c..][..c], &x[row * c..][..c]);
                     let (mean, r) = (stats[2 * row], stats[2 * row + 1]);
-                    let (flat, along) = sums_of_three(dy, x, w, |dy, x, w| (dy * w, (dy * w) * ((x - mean) * r)));
+                    let (flat, along) = sums_of_three(dy, x, w, #[inline(always)] |dy, x, w| (dy * w, (dy * w) * ((x - mean) * r)));
                     let (flat, along) = (flat / c as f32, along / c as f32);
                     for (((dx, dy), x), w) in dx.iter_mut().zip(dy).zip(x).zip(w) {
                         let (dh, h) = (dy.to_f32() * w.to_f32(), (x.to_f32() - mean) * r);
@@ -201,7 +201,7 @@ pub fn layer_backward_weight(dw: ViewMut<'_>, dy: View<'_>, x: View<'_>, stats: 
     match x.device() {
         Device::Cpu(_) => dispatch!(x.dtype(), T => {
             let (dy, x, stats) = (dy.slice::<T>(), x.slice::<T>(), stats.slice::<f32>());
-            add_by_chunks(dw, n, t, |row, columns, sums| {
+            add_by_chunks(dw, n, t, #[inline(always)] |row, columns, sums| {
                 let (dy, x) = (&dy[row * c..][columns.clone()], &x[row * c..][columns]);
                 let (mean, r) = (stats[2 * row], stats[2 * row + 1]);
                 for ((sum, dy), x) in sums.iter_mut().zip(dy).zip(x) {

@@ -26,7 +26,7 @@ pub fn sum_rows(dw: ViewMut<'_>, dy: View<'_>, t: usize) {
     match dy.device() {
         Device::Cpu(_) => dispatch!(dy.dtype(), T => {
             let values = dy.slice::<T>();
-            add_by_chunks(dw, dy.shape().rows(), t, |row, columns_read, sums| {
+            add_by_chunks(dw, dy.shape().rows(), t, #[inline(always)] |row, columns_read, sums| {
                 let dy = &values[row * columns..][columns_read];
                 for (sum, dy) in sums.iter_mut().zip(dy) {
                     *sum += dy.to_f32();
@@ -43,27 +43,34 @@ pub(super) fn add_by_chunks(mut dw: ViewMut<'_>, n: usize, t: usize, add_row: im
     let part = t / chunks;
     let Device::Cpu(cpu) = dw.device() else { return };
     let out = Rows::new(dw.slice_mut::<f32>(), 1);
-    over_rows(cpu, chunks * columns, n / chunks, out, |range, out| {
-        let mut sums = [0f32; BLOCK];
-        let (mut start, mut rest) = (range.start, out.elements);
-        while start < range.end {
-            let (chunk, column) = (start / columns, start % columns);
-            let count = BLOCK.min(columns - column).min(range.end - start);
-            let (dw, after) = rest.split_at_mut(count);
-            let sums = &mut sums[..count];
-            for sequence in 0..n / t {
-                sums.fill(0.0);
-                let first = sequence * t + chunk * part;
-                for row in first..first + part {
-                    add_row(row, column..column + count, sums);
+    over_rows(
+        cpu,
+        chunks * columns,
+        n / chunks,
+        out,
+        #[inline(always)]
+        |range, out| {
+            let mut sums = [0f32; BLOCK];
+            let (mut start, mut rest) = (range.start, out.elements);
+            while start < range.end {
+                let (chunk, column) = (start / columns, start % columns);
+                let count = BLOCK.min(columns - column).min(range.end - start);
+                let (dw, after) = rest.split_at_mut(count);
+                let sums = &mut sums[..count];
+                for sequence in 0..n / t {
+                    sums.fill(0.0);
+                    let first = sequence * t + chunk * part;
+                    for row in first..first + part {
+                        add_row(row, column..column + count, sums);
+                    }
+                    for (dw, sum) in dw.iter_mut().zip(&*sums) {
+                        *dw += sum;
+                    }
                 }
-                for (dw, sum) in dw.iter_mut().zip(&*sums) {
-                    *dw += sum;
-                }
+                (start, rest) = (start + count, after);
             }
-            (start, rest) = (start + count, after);
-        }
-    });
+        },
+    );
 }
 
 /// That `dw` can hold, by the chunk rule, the gradient of something `columns` wide that met `n` rows.
@@ -84,15 +91,22 @@ pub fn tree_rows(dw: View<'_>) -> Tensor {
     match dw.device() {
         Device::Cpu(cpu) => {
             let values = dw.slice::<f32>();
-            over_rows(cpu, columns, chunks, Rows::new(total.view_mut().into_slice::<f32>(), 1), |range, total| {
-                let mut terms = vec![0f32; chunks];
-                for (column, total) in range.zip(total.elements) {
-                    for (chunk, term) in terms.iter_mut().enumerate() {
-                        *term = values[chunk * columns + column];
+            over_rows(
+                cpu,
+                columns,
+                chunks,
+                Rows::new(total.view_mut().into_slice::<f32>(), 1),
+                #[inline(always)]
+                |range, total| {
+                    let mut terms = vec![0f32; chunks];
+                    for (column, total) in range.zip(total.elements) {
+                        for (chunk, term) in terms.iter_mut().enumerate() {
+                            *term = values[chunk * columns + column];
+                        }
+                        *total = tree(&mut terms);
                     }
-                    *total = tree(&mut terms);
-                }
-            });
+                },
+            );
         }
         Device::Dry(_) => {}
     }

@@ -37,15 +37,22 @@ pub fn table(device: &Device, head_dim: usize, theta: f64, scaling: Scaling, pos
     match device {
         Device::Cpu(cpu) => {
             let out = Rows::new(table.view_mut().into_slice::<f32>(), head_dim);
-            over_rows(cpu, positions_max, 16 * head_dim, out, |positions, rows| {
-                for (position, row) in positions.zip(rows.each()) {
-                    let (cosines, sines) = row.split_at_mut(head_dim / 2);
-                    for ((cosine, sine), frequency) in cosines.iter_mut().zip(sines).zip(&frequencies) {
-                        let (s, c) = sine_cosine((position as f32 * frequency) as f64);
-                        (*cosine, *sine) = (c as f32, s as f32);
+            over_rows(
+                cpu,
+                positions_max,
+                16 * head_dim,
+                out,
+                #[inline(always)]
+                |positions, rows| {
+                    for (position, row) in positions.zip(rows.each()) {
+                        let (cosines, sines) = row.split_at_mut(head_dim / 2);
+                        for ((cosine, sine), frequency) in cosines.iter_mut().zip(sines).zip(&frequencies) {
+                            let (s, c) = sine_cosine((position as f32 * frequency) as f64);
+                            (*cosine, *sine) = (c as f32, s as f32);
+                        }
                     }
-                }
-            });
+                },
+            );
         }
         Device::Dry(_) => {}
     }
@@ -94,7 +101,7 @@ fn turn(mut x: ViewMut<'_>, heads: usize, head_dim: usize, table: View<'_>, posi
     match table.device() {
         Device::Cpu(cpu) => dispatch!(x.dtype(), T => {
             let (table, positions) = (table.slice::<f32>(), positions.slice::<u32>());
-            over_rows(cpu, n, heads * head_dim, Rows::new(x.slice_mut::<T>(), width), |rows, x| {
+            over_rows(cpu, n, heads * head_dim, Rows::new(x.slice_mut::<T>(), width), #[inline(always)] |rows, x| {
                 for (position, row) in positions[rows].iter().zip(x.each()) {
                     assert!((*position as usize) < most, "position {position} of a table of {most}");
                     let (cosines, sines) = table[*position as usize * head_dim..][..head_dim].split_at(head_dim / 2);

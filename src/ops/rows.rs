@@ -3,6 +3,7 @@
 //! Invariant: every row is written by exactly one call of `work`, which gets it whole.
 
 use crate::device::cpu::Cpu;
+use crate::device::cpu::widest::widest;
 use crate::dtype::Stored;
 use std::ops::Range;
 use std::slice::ChunksExactMut;
@@ -54,7 +55,10 @@ pub fn over_rows<S: Split>(cpu: &Cpu, rows: usize, cost: usize, out: S, work: im
     let parts = (rows * cost / WORTHWHILE).min(cpu.threads() * 4);
     if rows == 0 {
     } else if parts <= 1 || cpu.threads() == 1 {
-        work(0..rows, out);
+        widest(
+            #[inline(always)]
+            || work(0..rows, out),
+        );
     } else {
         cpu.install(|| halve(0..rows, rows.div_ceil(parts), out, &work));
     }
@@ -62,7 +66,10 @@ pub fn over_rows<S: Split>(cpu: &Cpu, rows: usize, cost: usize, out: S, work: im
 
 fn halve<S: Split>(rows: Range<usize>, most: usize, out: S, work: &(impl Fn(Range<usize>, S) + Sync)) {
     if rows.len() <= most {
-        return work(rows, out);
+        return widest(
+            #[inline(always)]
+            || work(rows, out),
+        );
     }
     let half = rows.len() / 2;
     let half = if half > ALIGNMENT { half.next_multiple_of(ALIGNMENT).min(rows.len()) } else { half };
