@@ -8,6 +8,7 @@
 
 pub mod call;
 pub mod connect;
+pub mod faulty;
 pub mod metered;
 pub mod rendezvous;
 pub mod solo;
