@@ -1,5 +1,8 @@
 //! Every collective on every transport gives, bit for bit, what a plain loop over the ranks' inputs gives; and no fault makes it hang.
 
+#[path = "collectives/faults.rs"]
+mod faults;
+
 use anyhow::Result;
 use ferrotron::comm::metered::{Count, Meter, Metered};
 use ferrotron::comm::threads::Threads;

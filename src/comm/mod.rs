@@ -10,6 +10,7 @@ pub mod call;
 pub mod connect;
 pub mod dry;
 pub mod groups;
+pub mod faulty;
 pub mod metered;
 pub mod rendezvous;
 pub mod solo;

@@ -18,6 +18,9 @@ use std::ops::Range;
 /// Rows of one chain of a weight gradient: a longer sequence adds one such block after the other.
 pub const CHAIN_ROWS: usize = 1024;
 
+/// The `shard` of a sum that is not cut.
+pub const WHOLE: usize = usize::MAX;
+
 /// x[n, i], w[o, i] -> y[n, o] in x's dtype. K = i is cut at multiples of `shard`.
 pub fn forward(x: View<'_>, w: View<'_>, shard: usize) -> Tensor {
     check_forward(x, w, shard);
