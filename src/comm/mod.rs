@@ -9,8 +9,8 @@
 pub mod call;
 pub mod connect;
 pub mod dry;
-pub mod groups;
 pub mod faulty;
+pub mod groups;
 pub mod metered;
 pub mod rendezvous;
 pub mod solo;

@@ -67,7 +67,7 @@ pub fn rope_table(model: &Model, t: usize, device: &Device) -> Option<Tensor> {
             factor: *factor,
             low: *low_freq_factor,
             high: *high_freq_factor,
-            original: *original_max_position_embeddings as f64,
+            original: *original_max_position_embeddings,
         },
     };
     (model.family == Family::Llama).then(|| rope::table(device, model.head_dim, model.rope_theta, scaling, t))
