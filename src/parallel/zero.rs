@@ -319,7 +319,7 @@ impl UnitState {
             };
             match master {
                 None => adamw::step(weights, m, v, gradient, &adam),
-                Some(master) => adamw::step_and_cast(master.view_mut().part(local, shape), m, v, gradient, &adam, weights),
+                Some(master) => adamw::step_and_cast(master.view_mut().part(local, shape), m, v, gradient, weights, &adam),
             }
         }
     }

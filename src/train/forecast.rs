@@ -6,7 +6,7 @@ use crate::plan::budget::{self, Flops};
 use crate::plan::catalog;
 use crate::plan::{Order, Plan};
 use crate::train::rehearsal::{self, Footprint};
-use crate::train::report::{bytes, count};
+use crate::train::report::{short_bytes as bytes, short_count as count};
 use anyhow::Result;
 use serde_json::{Value, json};
 use std::fmt::Write;

@@ -9,7 +9,7 @@ use crate::config::{Config, Resume};
 use crate::dtype::Dtype;
 use crate::model::init;
 use crate::plan::{Geometry, Order};
-use crate::train::loss_scale::LossScale;
+use crate::train::loss_scale::LossScaler;
 use crate::train::step::Trainer;
 use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
@@ -20,7 +20,7 @@ use std::path::{Path, PathBuf};
 #[serde(deny_unknown_fields)]
 struct State {
     updates: u64,
-    loss_scale: LossScale,
+    loss_scale: LossScaler,
 }
 
 /// The folder of a run's checkpoints.
@@ -75,7 +75,7 @@ pub fn load(trainer: &mut Trainer, checkpoint: &Checkpoint) -> Result<u64> {
     }
     let state: State = serde_json::from_value(facts.state.clone()).with_context(|| format!("{}: its state", place()))?;
     trainer.updates = state.updates;
-    trainer.loss_scale.restore(state.loss_scale);
+    trainer.loss_scale = state.loss_scale;
     Ok(facts.step)
 }
 
@@ -104,7 +104,7 @@ pub fn facts(trainer: &Trainer, config: &Config, step: u64) -> Result<Facts> {
         Order::Lanes => "lanes",
         Order::Rows => "rows",
     };
-    let state = State { updates: trainer.updates, loss_scale: trainer.loss_scale.clone() };
+    let state = State { updates: trainer.updates, loss_scale: trainer.loss_scale };
     Ok(Facts {
         step,
         tokens: step * trainer.plan.tokens_per_step(),

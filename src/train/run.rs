@@ -12,12 +12,14 @@ use crate::data::sampler::Order;
 use crate::data::sources::{self, Source};
 use crate::data::tokenizer::Tokenizer;
 use crate::device::Device;
+use crate::dtype::Dtype;
 use crate::launch::identity::Identity;
 use crate::launch::signals::StopRequest;
 use crate::plan::Plan;
+use crate::plan::budget::Flops;
 use crate::train::evaluate::Validation;
 use crate::train::forecast;
-use crate::train::report::{Report, Reporter, Stopwatch};
+use crate::train::report::{Facts, Reporter, Step, StepClock};
 use crate::train::resume;
 use crate::train::step::{Outcome, Trainer};
 use anyhow::{Context, Result, bail};
@@ -80,15 +82,17 @@ pub fn run(config: &Config, identity: &Identity) -> Result<Ending, Failure> {
                 0
             }
         };
-        let reporter = Reporter::new(config, &trainer.plan, done, incarnation)?;
+        let mut run = Run { config, device: &device, reporter: None, trainer, writer, stop, saved: checkpoint.as_ref().map(|_| done) };
+        if identity.rank == 0 {
+            run.reporter = Some(Reporter::new(dir, run.facts(incarnation))?);
+        }
         for note in notes.iter().chain(&changes) {
-            reporter.note(note);
+            run.say(note);
         }
         if let Some(checkpoint) = &checkpoint {
-            reporter.note(&format!("going on after step {done} from {}", checkpoint.folder().display()));
+            run.say(&format!("going on after step {done} from {}", checkpoint.folder().display()));
         }
         device.memory().reset_peak();
-        let mut run = Run { config, device: &device, trainer, reporter, writer, stop, saved: checkpoint.map(|_| done) };
         run.train(done).map_err(Failure::Error)
     })
 }
@@ -97,7 +101,8 @@ struct Run<'a> {
     config: &'a Config,
     device: &'a Device,
     trainer: Trainer,
-    reporter: Reporter,
+    /// Rank 0 speaks for all.
+    reporter: Option<Reporter>,
     writer: Writer,
     stop: StopRequest,
     /// The last step that was handed to the writer.
@@ -110,7 +115,7 @@ impl Run<'_> {
         let train = &self.config.train;
         let last = train.stop_after.map_or(train.steps, |stop| stop.min(train.steps));
         if done >= last {
-            self.reporter.note(&format!("nothing to do: {done} steps are done, and the run ends after {last}"));
+            self.say(&format!("nothing to do: {done} steps are done, and the run ends after {last}"));
             return Ok(Ending::Done);
         }
         let mut loader = training_data(self.config, &self.trainer)?;
@@ -122,7 +127,9 @@ impl Run<'_> {
                 && (step % self.config.eval.interval == 0 || step == train.steps)
             {
                 let loss = validation.loss(&mut self.trainer)?;
-                self.reporter.evaluation(step, loss)?;
+                if let Some(reporter) = &mut self.reporter {
+                    reporter.evaluation(step, loss)?;
+                }
             }
             let interval = self.config.checkpoint.interval;
             if (interval > 0 && step % interval == 0) || step == last || asked {
@@ -136,38 +143,53 @@ impl Run<'_> {
         let finished = self.writer.finish();
         self.report_saves()?;
         finished.context("the last checkpoint was not written; steps since the one before it would be lost")?;
-        self.reporter.finish();
+        if let Some(reporter) = self.reporter.take() {
+            reporter.finish();
+        }
         Ok(if asked && self.saved != Some(last) { Ending::Stopped } else { Ending::Done })
     }
 
     fn one(&mut self, step: u64, loader: &mut Loader) -> Result<Outcome> {
-        let watch = Stopwatch::start();
+        let mut clock = StepClock::start();
         let batch = loader.batch(step - 1)?;
-        let data_wait_s = watch.seconds();
+        clock.data_arrived();
         let outcome = self.trainer.step(step - 1, &batch, self.stop.made())?;
         if !outcome.applied {
             let name = outcome.overflow.as_deref().unwrap_or("the loss");
-            self.reporter.note(&format!("step {step} is skipped: the gradient of {name} is not finite"));
-            self.trainer.loss_scale.check().with_context(|| format!("step {step}"))?;
+            self.say(&format!("step {step} is skipped: the gradient of {name} is not finite"));
         }
-        let tokens = self.trainer.plan.tokens_per_step();
-        let step_s = watch.seconds();
-        self.reporter.step(&Report {
+        let line = Step {
             step,
             loss: outcome.loss,
             grad_norm: outcome.norm,
             lr: outcome.rate,
-            tokens: step * tokens,
-            tokens_per_s: tokens as f64 / step_s,
-            step_s,
-            data_wait_s,
+            tokens: step * self.trainer.plan.tokens_per_step(),
             comm_exposed_s: 0.0,
-            mfu: None,
             memory_peak_bytes: self.device.memory().bytes_peak() as u64,
-            loss_scale: self.trainer.loss_scale.is_dynamic().then_some(outcome.loss_scale),
+            loss_scale: (self.config.train.dtype == Dtype::F16).then_some(outcome.loss_scale),
             skipped: !outcome.applied,
-        })?;
+        };
+        if let Some(reporter) = &mut self.reporter {
+            reporter.step(line, &clock)?;
+        }
         Ok(outcome)
+    }
+
+    fn say(&self, text: &str) {
+        if let Some(reporter) = &self.reporter {
+            reporter.say(text);
+        }
+    }
+
+    fn facts(&self, incarnation: u64) -> Facts {
+        Facts {
+            total_steps: self.config.train.steps,
+            interval: self.config.log.interval,
+            tokens_per_step: self.trainer.plan.tokens_per_step(),
+            flops_per_token: Flops::of(&self.trainer.plan).per_token as f64,
+            peak_flops: None,
+            incarnation,
+        }
     }
 
     fn save(&mut self, step: u64) -> Result<()> {
@@ -175,8 +197,10 @@ impl Run<'_> {
         self.writer.save(facts, self.trainer.stage.zero.shards())?;
         self.saved = Some(step);
         if !self.config.checkpoint.asynchronous {
-            // How it went is told by `report_saves`; a save that fails does not end the run.
-            self.writer.wait();
+            // A save that fails does not end the run.
+            if let Err(error) = self.writer.finish() {
+                self.say(&format!("{error:#}; training goes on"));
+            }
         }
         Ok(())
     }
@@ -184,8 +208,8 @@ impl Run<'_> {
     fn report_saves(&mut self) -> Result<()> {
         while let Some(outcome) = self.writer.outcome() {
             match outcome.result {
-                Ok(saved) => self.reporter.note(&format!("saved step {} to {}", outcome.step, saved.folder.display())),
-                Err(error) => self.reporter.note(&format!("step {} was not saved: {error:#}; training goes on", outcome.step)),
+                Ok(saved) => self.say(&format!("saved step {} to {}", outcome.step, saved.folder.display())),
+                Err(error) => self.say(&format!("step {} was not saved: {error:#}; training goes on", outcome.step)),
             }
         }
         Ok(())

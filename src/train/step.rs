@@ -4,17 +4,18 @@
 
 use crate::comm::Group;
 use crate::comm::groups::Groups;
-use crate::config::{self, Config};
-use crate::data::loader::{Batch, Loader};
+use crate::config::{self, Config, LossScale};
+use crate::data::loader::Batch;
 use crate::device::Device;
+use crate::dtype::Dtype;
 use crate::model::stage::Stage;
 use crate::ops::adamw::Adam;
 use crate::ops::reduce::{LossSum, SquareSum};
 use crate::parallel::pipeline;
 use crate::plan::{Plan, RankPlan};
 use crate::train::learning_rate;
-use crate::train::loss_scale::LossScale;
-use anyhow::Result;
+use crate::train::loss_scale::LossScaler;
+use anyhow::{Context, Result};
 
 /// Everything one rank trains with.
 pub struct Trainer {
@@ -23,7 +24,8 @@ pub struct Trainer {
     index: usize,
     pub groups: Groups,
     pub stage: Stage,
-    pub loss_scale: LossScale,
+    pub loss_scale: LossScaler,
+    scaling: LossScale,
     /// Updates done: steps less the skipped ones.
     pub updates: u64,
     optimizer: config::Optimizer,
@@ -52,13 +54,15 @@ pub struct Outcome {
 impl Trainer {
     pub fn new(config: &Config, plan: Plan, index: usize, device: &Device, groups: Groups) -> Result<Trainer> {
         let rank = plan.rank(index);
+        let scaling = scaling(config);
         let stage = Stage::new(&plan, &rank, device, &groups)?;
         Ok(Trainer {
             rank,
             index,
             groups,
             stage,
-            loss_scale: LossScale::new(config.train.dtype, &config.train.loss_scale),
+            loss_scale: LossScaler::new(&scaling),
+            scaling,
             updates: 0,
             optimizer: config.optimizer.clone(),
             schedule: config.schedule.clone(),
@@ -68,9 +72,10 @@ impl Trainer {
         })
     }
 
-    /// Step `step`, counted from 0. `stop`: this rank was asked to stop after it.
+    /// Step `step`, counted from 0. `stop`: this rank was asked to stop after it. An error, besides those of other ranks, when too
+    /// many steps in a row had to be skipped.
     pub fn step(&mut self, step: u64, batch: &Batch, stop: bool) -> Result<Outcome> {
-        let loss_scale = self.loss_scale.value();
+        let loss_scale = self.loss_scale.scale;
         let valid = self.valid(batch)?;
         self.stage.begin(batch, (loss_scale / valid as f64) as f32);
         self.run_schedule()?;
@@ -84,7 +89,10 @@ impl Trainer {
             self.stage.zero.update(self.adam(rate, norm, loss_scale))?;
         }
         self.stage.zero.clear();
-        self.loss_scale.update(applied);
+        self.loss_scale.note(&self.scaling, !applied).with_context(|| {
+            let name = overflow.as_deref().unwrap_or("the loss");
+            format!("step {}: the gradient of {name} is not finite", step + 1)
+        })?;
         Ok(Outcome { loss: sums.loss.value() / valid as f64, norm, rate, applied, overflow, loss_scale, stop: sums.stop })
     }
 
@@ -138,16 +146,21 @@ impl Trainer {
         Ok(all.into_iter().map(|name| String::from_utf8_lossy(&name).into_owned()).find(|name| !name.is_empty()))
     }
 
-    pub fn batch(&self, loader: &mut Loader, step: u64) -> Result<Batch> {
-        loader.batch(step)
-    }
-
     pub fn index(&self) -> usize {
         self.index
     }
 
     pub fn world(&self) -> &dyn Group {
         self.groups.world.as_ref()
+    }
+}
+
+/// Only f16 needs its loss scaled; the count of skipped steps serves all.
+fn scaling(config: &Config) -> LossScale {
+    let chosen = config.train.loss_scale.clone();
+    match config.train.dtype {
+        Dtype::F16 => chosen,
+        _ => LossScale { initial: 1.0, growth_interval: u64::MAX, backoff: 1.0, min: 1.0, ..chosen },
     }
 }
 
