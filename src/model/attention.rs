@@ -62,32 +62,37 @@ impl Attention {
     /// x [n, c] -> y [n, c]
     pub fn forward(&self, w: Weights<'_>, x: Tensor, tokens: Tokens<'_>) -> Result<(Tensor, Saved)> {
         let (normed, stats) = self.norm.forward(w, x.view());
-        let normed = self.region.enter(normed)?;
+        let normed = Arc::new(normed);
+        let entered = self.region.enter(&normed, tokens.t)?;
         let mut qkv = match self.qkv_bias {
-            None => matmul::forward(normed.view(), w.stack(&self.qkv), matmul::WHOLE),
-            Some(bias) => matmul::forward_bias(normed.view(), w.stack(&self.qkv), w.stack(&bias), matmul::WHOLE),
+            None => matmul::forward(entered.view(), w.stack(&self.qkv), matmul::WHOLE),
+            Some(bias) => matmul::forward_bias(entered.view(), w.stack(&self.qkv), w.stack(&bias), matmul::WHOLE),
         };
+        drop(entered);
         if let Some(table) = tokens.rope {
             rope::forward(qkv.view_mut(), self.heads.query + self.heads.kv, self.heads.dim, table, tokens.positions);
         }
         let (out, lse) = attention::forward(qkv.view(), self.heads, tokens.t, tokens.starts, self.window);
-        let mut y = self.region.leave_matmul(out.view(), w.get(self.o))?;
+        let mut y = self.region.leave(self.region.row_parallel(out.view(), w.get(self.o)), tokens.t)?;
         if let Some(bias) = self.o_bias {
             elementwise::add_row(y.view_mut(), w.get(bias));
         }
         elementwise::add(y.view_mut(), x.view());
-        Ok((y, Saved { x, stats, normed: Some(Arc::new(normed)), qkv, out: Arc::new(out), lse }))
+        Ok((y, Saved { x, stats, normed: Some(normed), qkv, out: Arc::new(out), lse }))
     }
 
     /// dy [n, c] -> dx [n, c]
     pub fn backward(&self, w: Weights<'_>, g: &mut Grads<'_>, saved: Saved, dy: Arc<Tensor>, tokens: Tokens<'_>) -> Result<Tensor> {
         let Saved { x, stats, normed, qkv, out, lse } = saved;
         let (t, rotated) = (tokens.t, self.heads.query + self.heads.kv);
+        let stream_t = self.region.stream_rows(t).len();
         if let Some(bias) = self.o_bias {
-            reduce::sum_rows(g.stream(bias), dy.view(), t);
+            reduce::sum_rows(g.stream(bias), dy.view(), stream_t);
         }
-        g.matrices(&[self.o], &dy, &out, t);
-        let dout = matmul::backward_input(dy.view(), w.get(self.o));
+        let dleft = self.region.leave_backward(&dy, t)?;
+        g.matrices(&[self.o], &dleft, &out, t);
+        let dout = matmul::backward_input(dleft.view(), w.get(self.o));
+        drop(dleft);
         let mut dqkv = attention::backward(dout.view(), qkv.view(), out.view(), lse.view(), self.heads, t, tokens.starts, self.window);
         drop((dout, qkv, out, lse));
         if let Some(table) = tokens.rope {
@@ -96,16 +101,17 @@ impl Attention {
         if let Some(bias) = self.qkv_bias {
             reduce::sum_rows(g.columns(&bias), dqkv.view(), t);
         }
-        let normed = match normed {
-            Some(normed) => normed,
-            None => Arc::new(self.region.enter(self.norm.again(w, x.view(), stats.view()))?),
-        };
-        let dqkv = Arc::new(dqkv);
-        g.matrices(&self.qkv, &dqkv, &normed, t);
+        let normed = normed.unwrap_or_else(|| Arc::new(self.norm.again(w, x.view(), stats.view())));
+        let entered = self.region.enter(&normed, t)?;
         drop(normed);
-        let dnormed = self.region.enter_backward_matmul(dqkv.view(), w.stack(&self.qkv), &self.qkv.map(|id| w.get(id).shape()[0]))?;
+        let dqkv = Arc::new(dqkv);
+        g.matrices(&self.qkv, &dqkv, &entered, t);
+        drop(entered);
+        let stacked = self.qkv.map(|id| w.get(id).shape()[0]).map(|rows| (rows, rows / self.region.share().local()));
+        let dnormed = self.region.column_parallel_backward(dqkv.view(), w.stack(&self.qkv), &stacked);
         drop(dqkv);
-        let mut dx = self.norm.backward(w, g, dnormed.view(), x.view(), stats.view(), t);
+        let dnormed = self.region.enter_backward(dnormed, t)?;
+        let mut dx = self.norm.backward(w, g, dnormed.view(), x.view(), stats.view(), stream_t);
         elementwise::add(dx.view_mut(), dy.view());
         Ok(dx)
     }

@@ -56,7 +56,7 @@ impl Block {
 
     fn run(&self, w: Weights<'_>, x: Tensor, tokens: Tokens<'_>) -> Result<(Tensor, Saved)> {
         let (x, attention) = self.attention.forward(w, x, tokens)?;
-        let (y, mlp) = self.mlp.forward(w, x)?;
+        let (y, mlp) = self.mlp.forward(w, x, tokens.t)?;
         Ok((y, Saved { attention, mlp }))
     }
 }

@@ -15,11 +15,12 @@ pub struct Embedding {
 }
 
 impl Embedding {
-    /// ids u32 [n] -> x [n, c]
-    pub fn forward(&self, w: Weights<'_>, ids: View<'_>) -> Result<Tensor> {
-        self.region.leave(embedding::forward(ids, w.get(self.table), self.first))
+    /// ids u32 [n] -> x [n, c]. `t`: rows of one sequence.
+    pub fn forward(&self, w: Weights<'_>, ids: View<'_>, t: usize) -> Result<Tensor> {
+        self.region.leave(embedding::forward(ids, w.get(self.table), self.first), t)
     }
 
+    /// `dx`: of all rows.
     pub fn backward(&self, g: &mut Grads<'_>, dx: View<'_>, ids: View<'_>) {
         embedding::backward(g.get(self.table), dx, ids, self.first);
     }
@@ -32,11 +33,12 @@ pub struct Positions {
 }
 
 impl Positions {
-    /// x [n, c] += table[position]
+    /// x [n, c] += table[position], for the rows of the stream.
     pub fn forward(&self, w: Weights<'_>, x: &mut Tensor, positions: View<'_>) {
         embedding::positions_forward(x.view_mut(), w.get(self.table), positions);
     }
 
+    /// `dx`: of all rows.
     pub fn backward(&self, g: &mut Grads<'_>, dx: View<'_>, positions: View<'_>) {
         embedding::positions_backward(g.get(self.table), dx, positions);
     }

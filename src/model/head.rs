@@ -13,6 +13,7 @@ use crate::parallel::flat::{Grads, ParamId, Weights};
 use crate::parallel::tensor_parallel::Region;
 use anyhow::Result;
 use std::ops::Range;
+use std::sync::Arc;
 
 /// Rows whose logits exist at a time: enough to keep the matmuls busy, few enough to keep 128k-word vocabularies small.
 const ROWS: usize = 1024;
@@ -32,10 +33,10 @@ pub struct Head {
 }
 
 impl Head {
-    /// The norm before the logits: x [n, c] -> normed [n, c], statistics.
-    pub fn norm(&self, w: Weights<'_>, x: View<'_>) -> Result<(Tensor, Tensor)> {
+    /// The norm before the logits: the stream's x [n, c] -> normed [n, c] of all rows, and the stream's statistics.
+    pub fn norm(&self, w: Weights<'_>, x: View<'_>, t: usize) -> Result<(Arc<Tensor>, Tensor)> {
         let (normed, stats) = self.norm.forward(w, x);
-        Ok((self.region.enter(normed)?, stats))
+        Ok((self.region.enter(&Arc::new(normed), t)?, stats))
     }
 
     /// The loss of every row, f32 [n], and nothing else.
@@ -51,7 +52,8 @@ impl Head {
         Ok(losses)
     }
 
-    /// The loss of every row, f32 [n], and its gradient times `scale` with respect to `normed`; the output matrix's is added to `g`.
+    /// The loss of every row, f32 [n], and its gradient times `scale` with respect to the stream's `normed`; the output matrix's is
+    /// added to `g`.
     pub fn losses_and_gradient(
         &self,
         w: Weights<'_>,
@@ -72,10 +74,11 @@ impl Head {
             losses.view_mut().part(rows.clone(), [rows.len()]).copy_from(piece.view());
             cross_entropy::finish(logits.view_mut(), max.view(), sums.view(), targets, self.first, scale);
             matmul::backward_weight(g.get(self.table), logits.view(), normed.rows(rows.clone()), rows.len());
-            let piece = self.region.enter_backward_matmul(logits.view(), w.get(self.table), &[logits.shape().columns()])?;
+            let stacked = (logits.shape().columns(), self.width);
+            let piece = self.region.column_parallel_backward(logits.view(), w.get(self.table), &[stacked]);
             dnormed.view_mut().rows(rows).copy_from(piece.view());
         }
-        Ok((losses, dnormed))
+        Ok((losses, self.region.enter_backward(dnormed, t)?))
     }
 
     /// normed [n, c] -> this rank's logits [n, v_tp]

@@ -49,33 +49,38 @@ impl Saved {
 }
 
 impl Mlp {
-    /// x [n, c] -> y [n, c]
-    pub fn forward(&self, w: Weights<'_>, x: Tensor) -> Result<(Tensor, Saved)> {
+    /// x [n, c] -> y [n, c]. `t`: rows of one sequence.
+    pub fn forward(&self, w: Weights<'_>, x: Tensor, t: usize) -> Result<(Tensor, Saved)> {
         let (normed, stats) = self.norm.forward(w, x.view());
-        let normed = self.region.enter(normed)?;
+        let normed = Arc::new(normed);
+        let entered = self.region.enter(&normed, t)?;
         let wide = match self.wide_bias {
-            None => matmul::forward(normed.view(), w.stack(&self.wide), matmul::WHOLE),
-            Some(bias) => matmul::forward_bias(normed.view(), w.stack(&self.wide), w.get(bias), matmul::WHOLE),
+            None => matmul::forward(entered.view(), w.stack(&self.wide), matmul::WHOLE),
+            Some(bias) => matmul::forward_bias(entered.view(), w.stack(&self.wide), w.get(bias), matmul::WHOLE),
         };
+        drop(entered);
         let hidden = self.activate(wide.view());
-        let mut y = self.region.leave_matmul(hidden.view(), w.get(self.down))?;
+        let mut y = self.region.leave(self.region.row_parallel(hidden.view(), w.get(self.down)), t)?;
         if let Some(bias) = self.down_bias {
             elementwise::add_row(y.view_mut(), w.get(bias));
         }
         elementwise::add(y.view_mut(), x.view());
-        Ok((y, Saved { x, stats, normed: Some(Arc::new(normed)), wide, hidden: Some(Arc::new(hidden)) }))
+        Ok((y, Saved { x, stats, normed: Some(normed), wide, hidden: Some(Arc::new(hidden)) }))
     }
 
     /// dy [n, c] -> dx [n, c]. `t`: rows of one sequence.
     pub fn backward(&self, w: Weights<'_>, g: &mut Grads<'_>, saved: Saved, dy: Arc<Tensor>, t: usize) -> Result<Tensor> {
         let Saved { x, stats, normed, wide, hidden } = saved;
+        let stream_t = self.region.stream_rows(t).len();
         if let Some(bias) = self.down_bias {
-            reduce::sum_rows(g.stream(bias), dy.view(), t);
+            reduce::sum_rows(g.stream(bias), dy.view(), stream_t);
         }
+        let dleft = self.region.leave_backward(&dy, t)?;
         let hidden = hidden.unwrap_or_else(|| Arc::new(self.activate(wide.view())));
-        g.matrices(&[self.down], &dy, &hidden, t);
+        g.matrices(&[self.down], &dleft, &hidden, t);
         drop(hidden);
-        let dhidden = matmul::backward_input(dy.view(), w.get(self.down));
+        let dhidden = matmul::backward_input(dleft.view(), w.get(self.down));
+        drop(dleft);
         let dwide = match self.activation {
             Activation::SwiGlu => activation::swiglu_backward(dhidden.view(), wide.view()),
             Activation::Gelu => activation::gelu_backward(dhidden.view(), wide.view()),
@@ -84,17 +89,18 @@ impl Mlp {
         if let Some(bias) = self.wide_bias {
             reduce::sum_rows(g.columns(&[bias]), dwide.view(), t);
         }
-        let normed = match normed {
-            Some(normed) => normed,
-            None => Arc::new(self.region.enter(self.norm.again(w, x.view(), stats.view()))?),
-        };
-        let dwide = Arc::new(dwide);
-        g.matrices(&self.wide, &dwide, &normed, t);
+        let normed = normed.unwrap_or_else(|| Arc::new(self.norm.again(w, x.view(), stats.view())));
+        let entered = self.region.enter(&normed, t)?;
         drop(normed);
-        let rows: Vec<usize> = self.wide.iter().map(|&id| w.get(id).shape()[0]).collect();
-        let dnormed = self.region.enter_backward_matmul(dwide.view(), w.stack(&self.wide), &rows)?;
+        let dwide = Arc::new(dwide);
+        g.matrices(&self.wide, &dwide, &entered, t);
+        drop(entered);
+        let rows = |&id: &ParamId| w.get(id).shape()[0];
+        let stacked: Vec<_> = self.wide.iter().map(rows).map(|rows| (rows, rows / self.region.share().local())).collect();
+        let dnormed = self.region.column_parallel_backward(dwide.view(), w.stack(&self.wide), &stacked);
         drop(dwide);
-        let mut dx = self.norm.backward(w, g, dnormed.view(), x.view(), stats.view(), t);
+        let dnormed = self.region.enter_backward(dnormed, t)?;
+        let mut dx = self.norm.backward(w, g, dnormed.view(), x.view(), stats.view(), stream_t);
         elementwise::add(dx.view_mut(), dy.view());
         Ok(dx)
     }

@@ -5,7 +5,7 @@
 use crate::comm::groups::Groups;
 use crate::data::loader::Batch;
 use crate::device::Device;
-use crate::device::tensor::{Tensor, View};
+use crate::device::tensor::Tensor;
 use crate::dtype::Dtype;
 use crate::model::attention::Tokens;
 use crate::model::block::{Block, Kept};
@@ -21,10 +21,12 @@ use crate::plan::schedule::Slot;
 use crate::plan::{Plan, RankPlan};
 use anyhow::Result;
 use std::collections::HashMap;
+use std::sync::Arc;
 
 pub struct Stage {
     pub zero: Zero,
     device: Device,
+    region: Region,
     embedding: Option<Embedding>,
     positions: Option<Positions>,
     chunks: Vec<Vec<Block>>,
@@ -73,18 +75,21 @@ struct MicroBatch {
     targets: Tensor,
     positions: Tensor,
     starts: Tensor,
+    /// Positions of the rows that lie in this rank's part of the stream, where it adds them.
+    stream_positions: Option<Tensor>,
 }
 
 impl Stage {
     /// Weights and moments are zero until they are initialised or loaded.
     pub fn new(plan: &Plan, rank: &RankPlan, device: &Device, groups: &Groups) -> Result<Stage> {
         let zero = Zero::new(plan, rank, device, groups);
-        let region = Region::new(groups.tp.clone(), rank.share);
+        let region = Region::new(groups.tp.clone(), rank.share, plan.sequence_parallel);
         let parts = family::parts(plan, rank, &region);
         let rope = family::rope_table(&plan.model, plan.t, device);
         Ok(Stage {
             zero,
             device: device.clone(),
+            region,
             embedding: parts.embedding,
             positions: parts.positions,
             chunks: parts.chunks,
@@ -127,7 +132,7 @@ impl Stage {
         let x = self.run_blocks(Slot { chunk: 0, micro: 0 }, None)?;
         (self.micro_rows, self.t) = before;
         let head = self.head.as_ref().expect("the whole model is here");
-        let (normed, _) = head.norm(self.zero.weights(head.norm_unit)?, x.view())?;
+        let (normed, _) = head.norm(self.zero.weights(head.norm_unit)?, x.view(), self.t)?;
         let logits = head.logits(self.zero.weights(head.unit)?, normed.view());
         let mut wide = self.device.empty(logits.shape(), Dtype::F32);
         crate::ops::elementwise::cast(wide.view_mut(), logits.view());
@@ -142,9 +147,17 @@ impl Stage {
             targets: part(&batch.targets, i),
             positions: part(&batch.positions, i),
             starts: part(&batch.starts, i),
+            stream_positions: self.positions.as_ref().map(|_| self.stream_part(&batch.positions[i * n..(i + 1) * n])),
         };
         assert_eq!(batch.inputs.len() % n, 0, "a batch is whole micro-batches");
         (0..batch.inputs.len() / n).map(micro).collect()
+    }
+
+    /// Of each sequence the values of the rows in this rank's part of the stream.
+    fn stream_part(&self, values: &[u32]) -> Tensor {
+        let rows = self.region.stream_rows(self.t);
+        let part: Vec<u32> = values.chunks_exact(self.t).flat_map(|sequence| &sequence[rows.clone()]).copied().collect();
+        Tensor::from_slice(&self.device, [part.len()], &part)
     }
 
     fn is_first(&self, chunk: usize) -> bool {
@@ -163,10 +176,11 @@ impl Stage {
             Some(x) => x,
             None => {
                 let embedding = self.embedding.as_ref().expect("the first stage has the embedding");
-                let mut x = embedding.forward(self.zero.weights(embedding.unit)?, micro.inputs.view())?;
+                let mut x = embedding.forward(self.zero.weights(embedding.unit)?, micro.inputs.view(), self.t)?;
                 self.zero.release(embedding.unit);
                 if let Some(positions) = &self.positions {
-                    positions.forward(self.zero.weights(positions.unit)?, &mut x, micro.positions.view());
+                    let at = micro.stream_positions.as_ref().expect("a stage that adds positions has them");
+                    positions.forward(self.zero.weights(positions.unit)?, &mut x, at.view());
                     self.zero.release(positions.unit);
                 }
                 x
@@ -190,7 +204,7 @@ impl Stage {
     fn evaluate(&mut self, slot: Slot, x: Tensor) -> Result<()> {
         let head = self.head.as_ref().expect("the last stage has the head");
         let targets = self.now.micros[slot.micro].targets.view();
-        let (normed, _) = head.norm(self.zero.weights(head.norm_unit)?, x.view())?;
+        let (normed, _) = head.norm(self.zero.weights(head.norm_unit)?, x.view(), self.t)?;
         let losses = head.losses(self.zero.weights(head.unit)?, normed.view(), targets, self.t)?;
         self.zero.release(head.norm_unit);
         self.zero.release(head.unit);
@@ -203,28 +217,29 @@ impl Stage {
         let x = self.now.outputs.remove(&slot).expect("forward before backward");
         let head = self.head.as_ref().expect("the last stage has the head");
         let targets = self.now.micros[slot.micro].targets.view();
-        let (normed, stats) = head.norm(self.zero.weights(head.norm_unit)?, x.view())?;
+        let (normed, stats) = head.norm(self.zero.weights(head.norm_unit)?, x.view(), self.t)?;
         let (w, mut g) = self.zero.weights_and_grads(head.unit)?;
         let (losses, dnormed) = head.losses_and_gradient(w, &mut g, normed.view(), targets, self.t, self.now.scale)?;
         drop(normed);
         self.now.loss.add(losses.view());
         let (w, mut g) = self.zero.weights_and_grads(head.norm_unit)?;
-        let dx = head.norm.backward(w, &mut g, dnormed.view(), x.view(), stats.view(), self.t);
+        let dx = head.norm.backward(w, &mut g, dnormed.view(), x.view(), stats.view(), self.region.stream_rows(self.t).len());
         let (unit, norm_unit) = (head.unit, head.norm_unit);
         self.added(unit, slot, finish, Vec::new())?;
         self.added(norm_unit, slot, finish, Vec::new())?;
         Ok(dx)
     }
 
-    fn backward_embedding(&mut self, slot: Slot, dx: View<'_>, finish: Finish) -> Result<()> {
+    fn backward_embedding(&mut self, slot: Slot, dx: Tensor, finish: Finish) -> Result<()> {
         let micro = &self.now.micros[slot.micro];
+        let dx = self.region.leave_backward(&Arc::new(dx), self.t)?;
         if let Some(positions) = &self.positions {
             let (_, mut g) = self.zero.weights_and_grads(positions.unit)?;
-            positions.backward(&mut g, dx, micro.positions.view());
+            positions.backward(&mut g, dx.view(), micro.positions.view());
         }
         let embedding = self.embedding.as_ref().expect("the first stage has the embedding");
         let (_, mut g) = self.zero.weights_and_grads(embedding.unit)?;
-        embedding.backward(&mut g, dx, micro.inputs.view());
+        embedding.backward(&mut g, dx.view(), micro.inputs.view());
         let units = [self.positions.as_ref().map(|positions| positions.unit), Some(embedding.unit)];
         for unit in units.into_iter().flatten() {
             self.added(unit, slot, finish, Vec::new())?;
@@ -269,7 +284,7 @@ impl Stage {
         };
         let dx = self.backward_blocks(slot, dy, finish)?;
         if self.is_first(slot.chunk) {
-            self.backward_embedding(slot, dx.view(), finish)?;
+            self.backward_embedding(slot, dx, finish)?;
             return Ok(None);
         }
         Ok(Some(dx))
@@ -310,7 +325,8 @@ impl pipeline::Stage for Stage {
     }
 
     fn boundary(&self) -> Tensor {
-        self.device.empty([self.micro_rows, self.hidden], self.dtype)
+        let sequences = self.micro_rows / self.t;
+        self.device.empty([sequences * self.region.stream_rows(self.t).len(), self.hidden], self.dtype)
     }
 }
 

@@ -15,3 +15,4 @@ pub mod norm;
 pub mod reduce;
 pub mod rope;
 pub mod rows;
+pub mod select;
