@@ -2,9 +2,14 @@
 //!
 //! Invariant: work is split over threads by outputs, never over the terms of a sum, so the number of threads cannot change a bit.
 
+#[macro_use]
+mod levels;
+pub mod block;
+pub mod columns;
 pub mod gemm;
 pub mod micro;
 pub mod pack;
+pub mod softmax;
 pub mod vector;
 pub mod widest;
 
@@ -104,6 +109,23 @@ impl Cpu {
             return work(0, out);
         }
         self.install(|| out.par_chunks_mut(run * columns).enumerate().for_each(|(index, rows)| work(index * run, rows)));
+    }
+
+    /// As `parallel`, for parts that own something.
+    pub fn parallel_over<P: Send>(&self, parts: Vec<P>, work: impl Fn(P) + Sync) {
+        if parts.len() <= 1 || self.threads() == 1 {
+            parts.into_iter().for_each(work);
+        } else {
+            self.install(|| parts.into_par_iter().with_max_len(1).for_each(&work));
+        }
+    }
+
+    /// Runs `work` with a buffer of 32-bit units for packed operands and sums, of a size that is the same always: 4 MiB.
+    pub fn with_buffer<R>(&self, work: impl FnOnce(&mut [u32]) -> R) -> R {
+        let mut panels = self.take_panels();
+        let result = work(panels.units());
+        self.give_panels(panels);
+        result
     }
 
     /// A buffer for packed operands, to be given back with `give_panels`.

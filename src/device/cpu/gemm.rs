@@ -7,7 +7,7 @@
 //! `accumulate` adds one chain for each segment to C, in order.
 #![allow(unsafe_code)]
 
-use crate::device::cpu::micro::{COLUMNS, Micro, ROWS, Sums, Tile, Unit, VECTORS};
+use crate::device::cpu::micro::{self, COLUMNS, Micro, ROWS, Sums, Tile, Unit, VECTORS};
 use crate::device::cpu::pack::{Along, Operand, pack};
 use crate::device::cpu::{Cpu, Isa, vector};
 use crate::dtype::{Dtype, Element};
@@ -40,10 +40,16 @@ impl Default for Panels {
     }
 }
 
+impl Panels {
+    pub fn units(&mut self) -> &mut [u32] {
+        bytemuck::cast_slice_mut(&mut self.0)
+    }
+}
+
 /// The stretch of K of one pass: its chains, and how they begin and end.
-struct Pass {
+struct Pass<'a> {
     /// Each is one chain, or a piece of the one chain of a `product`.
-    pieces: Vec<Range<usize>>,
+    pieces: &'a [Range<usize>],
     resume: bool,
     last: bool,
 }
@@ -106,11 +112,10 @@ pub fn product<T: Element>(
     let count = micro.unit.count(k).div_ceil(PASS_UNITS);
     // Pieces of one length but for the last, whole pairs all of them.
     let step = k.div_ceil(count).next_multiple_of(2);
-    let starts: Vec<usize> = (0..k).step_by(step).collect();
     let product = Product { isa: cpu.isa, micro, a, b, rows: m, columns: n, sink: Sink::Write { out, waiting, bias } };
-    for start in starts {
-        let end = (start + step).min(k);
-        product.run(cpu, &Pass { pieces: vec![start..end], resume: start > 0, last: end == k });
+    for start in (0..k).step_by(step) {
+        let piece = start..k.min(start + step);
+        product.run(cpu, &Pass { resume: start > 0, last: piece.end == k, pieces: std::slice::from_ref(&piece) });
     }
 }
 
@@ -143,13 +148,13 @@ pub fn accumulate<T: Element>(
             }
             taken += 1;
         }
-        product.run(cpu, &Pass { pieces: left[..taken].to_vec(), resume: false, last: true });
+        product.run(cpu, &Pass { pieces: &left[..taken], resume: false, last: true });
         left = &left[taken..];
     }
 }
 
 impl<T: Element> Product<'_, T> {
-    fn run(&self, cpu: &Cpu, pass: &Pass) {
+    fn run(&self, cpu: &Cpu, pass: &Pass<'_>) {
         let units = pass.units(self.micro.unit);
         let width = self.micro.lanes * VECTORS;
         let panels = self.columns.div_ceil(width);
@@ -160,8 +165,7 @@ impl<T: Element> Product<'_, T> {
         let mut shared = cpu.take_panels();
         for first in (0..panels).step_by(chunk) {
             let panels = first..panels.min(first + chunk);
-            let buffer: &mut [u32] = bytemuck::cast_slice_mut(&mut shared.0);
-            let buffer = &mut buffer[..panels.len() * units * width];
+            let buffer = &mut shared.units()[..panels.len() * units * width];
             cpu.for_rows(buffer, units * width, 1, |index, buffer| {
                 for (panel, to) in (panels.start + index..).zip(buffer.chunks_exact_mut(units * width)) {
                     self.pack_panel(pass, panel, to);
@@ -184,16 +188,15 @@ impl<T: Element> Product<'_, T> {
 
     /// The columns of a panel of B, and how wide it is packed: whole vectors.
     fn panel_columns(&self, panel: usize) -> (Range<usize>, usize) {
-        let width = self.micro.lanes * VECTORS;
-        let columns = panel * width..self.columns.min((panel + 1) * width);
-        let packed = columns.len().next_multiple_of(self.micro.lanes);
-        (columns, packed)
+        let (lanes, vectors) = (self.micro.lanes, self.columns.div_ceil(self.micro.lanes));
+        let vectors = micro::panel_vectors(panel, vectors.div_ceil(VECTORS), vectors);
+        (vectors.start * lanes..self.columns.min(vectors.end * lanes), vectors.len() * lanes)
     }
 
-    fn pack_panel(&self, pass: &Pass, panel: usize, to: &mut [u32]) {
+    fn pack_panel(&self, pass: &Pass<'_>, panel: usize, to: &mut [u32]) {
         let (columns, width) = self.panel_columns(panel);
         let mut to = to;
-        for piece in &pass.pieces {
+        for piece in pass.pieces {
             let (now, later) = to.split_at_mut(self.micro.unit.count(piece.len()) * width);
             pack(self.isa, self.micro.unit, &self.b, columns.clone(), piece.clone(), width, now);
             to = later;
@@ -201,7 +204,7 @@ impl<T: Element> Product<'_, T> {
     }
 
     /// All tiles of `rows` and `panels`; `packed` holds those panels.
-    fn task(&self, pass: &Pass, rows: Range<usize>, panels: Range<usize>, packed: &[u32]) {
+    fn task(&self, pass: &Pass<'_>, rows: Range<usize>, panels: Range<usize>, packed: &[u32]) {
         let units = pass.units(self.micro.unit);
         let width = self.micro.lanes * VECTORS;
         let mut block = MaybeUninit::<[Line; BLOCK_UNITS / 16]>::uninit();
@@ -221,7 +224,7 @@ impl<T: Element> Product<'_, T> {
                     std::slice::from_raw_parts_mut(start, tile.len() * units)
                 };
                 let mut left = &mut *to;
-                for piece in &pass.pieces {
+                for piece in pass.pieces {
                     let (now, later) = left.split_at_mut(self.micro.unit.count(piece.len()) * tile.len());
                     pack(self.isa, self.micro.unit, &self.a, tile.clone(), piece.clone(), tile.len(), now);
                     left = later;
@@ -239,16 +242,13 @@ impl<T: Element> Product<'_, T> {
     }
 
     /// Whether tiles can read rows of A where they lie: units are runs of memory, and the last pair is whole.
-    fn reads_in_place(&self, pass: &Pass) -> bool {
-        let stored_as_read = match self.micro.unit {
-            Unit::Single => T::DTYPE == Dtype::F32,
-            Unit::Pair => pass.pieces.len() == 1 && pass.pieces[0].len().is_multiple_of(2),
-            Unit::Swapped => false,
-        };
-        stored_as_read && self.a.along == Along::K
+    fn reads_in_place(&self, pass: &Pass<'_>) -> bool {
+        let unit = self.micro.unit;
+        let whole = unit.elements() == 1 || (pass.pieces.len() == 1 && pass.pieces[0].len().is_multiple_of(unit.elements()));
+        whole && unit.lies_in_memory(T::DTYPE) && self.a.along == Along::K
     }
 
-    fn tile(&self, pass: &Pass, a: &Rows, columns: Range<usize>, packed_width: usize, packed: &[u32]) {
+    fn tile(&self, pass: &Pass<'_>, a: &Rows, columns: Range<usize>, packed_width: usize, packed: &[u32]) {
         let vectors = packed_width / self.micro.lanes;
         let whole = columns.len() == packed_width;
         let place = a.rows.start * self.columns + columns.start;
@@ -298,8 +298,8 @@ impl<T: Element> Product<'_, T> {
     ///
     /// # Safety
     /// `tile` must point at the operands of the whole pass and at sums that this call alone uses.
-    unsafe fn chains(&self, pass: &Pass, a: &Rows, vectors: usize, mut tile: Tile) {
-        for piece in &pass.pieces {
+    unsafe fn chains(&self, pass: &Pass<'_>, a: &Rows, vectors: usize, mut tile: Tile) {
+        for piece in pass.pieces {
             tile.units = self.micro.unit.count(piece.len());
             // SAFETY: what the caller vouches for; the processor has what `micro` needs, since it was made for this processor's `isa`.
             unsafe { self.micro.run(a.rows.len(), vectors, &tile) };
@@ -317,7 +317,7 @@ struct Rows {
     rows: Range<usize>,
 }
 
-impl Pass {
+impl Pass<'_> {
     fn units(&self, unit: Unit) -> usize {
         self.pieces.iter().map(|piece| unit.count(piece.len())).sum()
     }

@@ -17,6 +17,7 @@ use std::arch::x86_64::{
     _mm256_storeu_ps, _mm512_add_ps, _mm512_dpbf16_ps, _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_loadu_si512, _mm512_set1_epi32,
     _mm512_set1_ps, _mm512_setzero_ps, _mm512_storeu_ps,
 };
+use std::ops::Range;
 
 /// What the units of packed operands hold.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -36,6 +37,20 @@ impl Unit {
             Unit::Single => elements,
             Unit::Swapped => elements.next_multiple_of(2),
             Unit::Pair => elements.div_ceil(2),
+        }
+    }
+
+    /// Elements of one unit.
+    pub fn elements(self) -> usize {
+        if self == Unit::Pair { 2 } else { 1 }
+    }
+
+    /// Whether neighbours along K in memory are units as they stand.
+    pub fn lies_in_memory(self, dtype: Dtype) -> bool {
+        match self {
+            Unit::Single => dtype == Dtype::F32,
+            Unit::Swapped => false,
+            Unit::Pair => dtype == Dtype::Bf16,
         }
     }
 }
@@ -85,6 +100,17 @@ pub const COLUMNS: usize = 48;
 /// The most rows of a tile of any implementation.
 pub const ROWS: usize = 8;
 
+/// The vectors of each panel, when `vectors` vectors are cut into panels of at most `VECTORS`, as even as they can be.
+pub fn panels(vectors: usize) -> impl Iterator<Item = Range<usize>> {
+    let count = vectors.div_ceil(VECTORS);
+    (0..count).map(move |panel| panel_vectors(panel, count, vectors))
+}
+
+/// The vectors of panel `panel` of `count`.
+pub fn panel_vectors(panel: usize, count: usize, vectors: usize) -> Range<usize> {
+    panel * vectors / count..(panel + 1) * vectors / count
+}
+
 impl Micro {
     pub fn new(isa: Isa, dtype: Dtype) -> Micro {
         match (isa, dtype) {
@@ -129,6 +155,11 @@ trait Lanes: Copy {
     unsafe fn load(from: *const f32) -> Self;
     unsafe fn store(self, to: *mut f32);
     unsafe fn add(self, other: Self) -> Self;
+    /// What a chain that goes on from these sums starts with.
+    #[inline(always)]
+    unsafe fn begin(self) -> Self {
+        self
+    }
     unsafe fn units(from: *const u32) -> Self::Units;
     unsafe fn splat(unit: u32) -> Self::Units;
     /// The next link of the chain.
@@ -145,7 +176,7 @@ unsafe fn tile<L: Lanes, const R: usize, const V: usize>(tile: &Tile) {
         if tile.sums == Sums::Resume {
             for (row, sums) in sums.iter_mut().enumerate() {
                 for (vector, sum) in sums.iter_mut().enumerate() {
-                    *sum = L::load(tile.c.add(row * tile.c_row + vector * L::WIDTH));
+                    *sum = L::load(tile.c.add(row * tile.c_row + vector * L::WIDTH)).begin();
                 }
             }
         }
@@ -254,6 +285,10 @@ impl Lanes for Flushing {
     #[inline(always)]
     unsafe fn add(self, other: Self) -> Self {
         Flushing(std::array::from_fn(|lane| self.0[lane] + other.0[lane]))
+    }
+    #[inline(always)]
+    unsafe fn begin(self) -> Self {
+        Flushing(self.0.map(|sum| if sum.is_subnormal() { 0f32.copysign(sum) } else { sum }))
     }
     #[inline(always)]
     unsafe fn units(from: *const u32) -> [f32; 8] {

@@ -1,41 +1,10 @@
-//! Loops over slices, compiled for each level of instructions.
+//! Loops over slices and the functions they need: conversions, exponentials, dot products.
 //!
-//! Invariant: every level gives the same bits, since each is the same plain Rust: elementwise arithmetic and fused `mul_add`, nothing that
-//! a compiler may reorder.
+//! Invariant: every level of instructions gives the same bits: elementwise arithmetic, fused `mul_add`, and sums in one stated order.
 #![allow(unsafe_code)]
 
 use crate::device::cpu::Isa;
 use crate::dtype::Element;
-
-/// A function whose body is compiled for each level of instructions; `isa` picks one at run time.
-macro_rules! leveled {
-    ($(#[$doc:meta])* pub fn $name:ident<$T:ident: $bound:ident>($($argument:ident: $type:ty),* $(,)?) $body:block) => {
-        $(#[$doc])*
-        pub fn $name<$T: $bound>(isa: Isa, $($argument: $type),*) {
-            #[inline(always)]
-            fn plain<$T: $bound>($($argument: $type),*) $body
-            #[cfg(target_arch = "x86_64")]
-            #[target_feature(enable = "avx2,fma,f16c")]
-            fn avx2<$T: $bound>($($argument: $type),*) {
-                plain($($argument),*)
-            }
-            #[cfg(target_arch = "x86_64")]
-            #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
-            fn avx512<$T: $bound>($($argument: $type),*) {
-                plain($($argument),*)
-            }
-            match isa {
-                // SAFETY: `Cpu` holds an `Isa` that this processor has.
-                #[cfg(target_arch = "x86_64")]
-                Isa::Avx512 | Isa::Avx512Bf16 => unsafe { avx512($($argument),*) },
-                // SAFETY: likewise.
-                #[cfg(target_arch = "x86_64")]
-                Isa::Avx2 => unsafe { avx2($($argument),*) },
-                _ => plain($($argument),*),
-            }
-        }
-    };
-}
 
 leveled! {
     /// out = sums + bias, rounded once.
@@ -55,5 +24,129 @@ leveled! {
 fn narrow_plain<T: Element>(from: &[f32], to: &mut [T]) {
     for (from, to) in from.iter().zip(to) {
         *to = T::from_f32(*from);
+    }
+}
+
+leveled! {
+    /// The numbers of `from` as f32.
+    pub fn widen<T: Element>(from: &[T], to: &mut [f32]) {
+        for (from, to) in from.iter().zip(to) {
+            *to = from.to_f32();
+        }
+    }
+}
+
+leveled! {
+    /// The numbers of `from`, rounded to nearest even.
+    pub fn narrow<T: Element>(from: &[f32], to: &mut [T]) {
+        narrow_plain(from, to);
+    }
+}
+
+/// e^x, to about one unit in the last place; numbers below the normal ones are zero.
+#[inline(always)]
+pub fn exp(x: f32) -> f32 {
+    // Adding and subtracting 1.5 * 2^23 rounds to a whole number, which then stands in the low bits.
+    const ROUND: f32 = 12_582_912.0;
+    const LOWEST: f32 = -87.336_54;
+    const HIGHEST: f32 = 88.722_84;
+    // A NaN fails both comparisons and stays.
+    let bounded = if x < LOWEST { LOWEST } else { x };
+    let bounded = if bounded > HIGHEST { HIGHEST } else { bounded };
+    let shifted = bounded.mul_add(std::f32::consts::LOG2_E, ROUND);
+    let whole = shifted - ROUND;
+    // ln 2 in two parts: the first has few enough bits for exact products.
+    let rest = whole.mul_add(-0.693_145_75, bounded);
+    let rest = whole.mul_add(-1.428_606_8e-6, rest);
+    let mut power = 1.0 / 5040.0;
+    for coefficient in [1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0] {
+        power = rest.mul_add(power, coefficient);
+    }
+    // 2^whole in two factors, since 2^128 is not a number.
+    let exponent = shifted.to_bits().wrapping_sub(ROUND.to_bits()) as i32;
+    let half = exponent >> 1;
+    let scale = |exponent: i32| f32::from_bits(((exponent + 127) << 23) as u32);
+    let result = power * scale(half) * scale(exponent - half);
+    let result = if x > HIGHEST { f32::INFINITY } else { result };
+    if x < LOWEST { 0.0 } else { result }
+}
+
+/// tanh x, to a few units in the last place.
+#[inline(always)]
+pub fn tanh(x: f32) -> f32 {
+    let size = x.abs();
+    let large = 1.0 - 2.0 / (exp(2.0 * size) + 1.0);
+    // Near zero, the odd series that minimises the largest error (Cephes, tanhf).
+    let square = x * x;
+    let mut series = -5.704_988_7e-3;
+    for coefficient in [2.063_909e-2, -5.373_971_5e-2, 1.333_144_2e-1, -3.333_328e-1] {
+        series = square.mul_add(series, coefficient);
+    }
+    let small = (square * size).mul_add(series, size);
+    (if size < 0.625 { small } else { large }).copysign(x)
+}
+
+/// Sums over slices go over this many lanes, which are added in a tree at the end: an order that any vector width can follow.
+pub const LANES: usize = 16;
+
+#[inline(always)]
+pub fn add_lanes(mut lanes: [f32; LANES]) -> f32 {
+    let mut count = LANES / 2;
+    while count > 0 {
+        for lane in 0..count {
+            lanes[lane] += lanes[lane + count];
+        }
+        count /= 2;
+    }
+    lanes[0]
+}
+
+leveled! {
+    /// out[0] = sum of a * b.
+    pub fn dot<T: Element>(a: &[T], b: &[T], out: &mut f32) {
+        let mut lanes = [0.0; LANES];
+        let (a_blocks, b_blocks) = (a.chunks_exact(LANES), b.chunks_exact(LANES));
+        for (lane, (a, b)) in a_blocks.remainder().iter().zip(b_blocks.remainder()).enumerate() {
+            lanes[lane] = a.to_f32() * b.to_f32();
+        }
+        for (a, b) in a_blocks.zip(b_blocks) {
+            for lane in 0..LANES {
+                lanes[lane] = a[lane].to_f32().mul_add(b[lane].to_f32(), lanes[lane]);
+            }
+        }
+        *out = add_lanes(lanes);
+    }
+}
+
+leveled! {
+    /// to = from * factor, rounded.
+    pub fn scaled<T: Element>(from: &[f32], factor: f32, to: &mut [T]) {
+        for (from, to) in from.iter().zip(to) {
+            *to = T::from_f32(from * factor);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn exp_and_tanh_are_close_and_keep_their_limits() {
+        for index in -4_000_000..4_000_000i32 {
+            let x = index as f32 * 2.3e-5;
+            let (right, ours) = ((x as f64).exp(), exp(x) as f64);
+            if (-87.3..88.7).contains(&x) {
+                assert!((ours - right).abs() <= 1.5e-7 * right, "exp {x}: {ours} for {right}");
+            }
+            let (right, ours) = ((x as f64).tanh(), tanh(x) as f64);
+            assert!((ours - right).abs() <= 2.5e-7 * right.abs(), "tanh {x}: {ours} for {right}");
+        }
+        assert_eq!(
+            (exp(f32::NEG_INFINITY), exp(-200.0), exp(0.0), exp(90.0), exp(f32::INFINITY)),
+            (0.0, 0.0, 1.0, f32::INFINITY, f32::INFINITY)
+        );
+        assert_eq!((tanh(f32::NEG_INFINITY), tanh(0.0), tanh(f32::INFINITY)), (-1.0, 0.0, 1.0));
+        assert!(exp(f32::NAN).is_nan() && tanh(f32::NAN).is_nan() && tanh(-0.0).is_sign_negative());
     }
 }
