@@ -8,6 +8,7 @@ mod plain;
 mod support;
 
 use ferrotron::device::Device;
+use ferrotron::device::cpu::{Cpu, Isa};
 use ferrotron::device::tensor::{Tensor, View};
 use ferrotron::dispatch;
 use ferrotron::dtype::{Dtype, Element};
@@ -15,6 +16,7 @@ use ferrotron::ops::adamw::Adam;
 use ferrotron::ops::reduce::{LossSum, SquareSum};
 use ferrotron::ops::rope::Scaling;
 use ferrotron::ops::{activation, adamw, cross_entropy, elementwise, embedding, norm, reduce, rope};
+use std::sync::Arc;
 use support::{FLOATS, assert_rounded_once, random, random_ids, relative_error, values};
 
 /// Elements of any floating-point dtype, as they must agree where bits are compared.
@@ -301,12 +303,13 @@ fn all_results(device: &Device) -> Vec<(&'static str, Tensor)> {
 }
 
 #[test]
-fn threads_do_not_change_a_bit_and_a_dry_device_counts_the_same() {
+fn threads_and_instructions_do_not_change_a_bit_and_a_dry_device_counts_the_same() {
     let one = Device::cpu(1);
     let expected = all_results(&one);
-    for threads in [2, 4] {
-        for ((name, got), (_, expected)) in all_results(&Device::cpu(threads)).iter().zip(&expected) {
-            assert!(bits(got.view()) == bits(expected.view()), "{name} with {threads} threads");
+    for (threads, isa) in [(2, Isa::Avx512Bf16), (4, Isa::Avx512), (2, Isa::Avx2), (1, Isa::Portable)] {
+        let device = Device::Cpu(Arc::new(Cpu::with_isa(threads, isa)));
+        for ((name, got), (_, expected)) in all_results(&device).iter().zip(&expected) {
+            assert!(bits(got.view()) == bits(expected.view()), "{name} with {threads} threads and {isa:?}");
         }
     }
     let dry = Device::dry();

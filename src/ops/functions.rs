@@ -3,10 +3,13 @@
 //! Invariant: a sum over a row adds element i to lane i % LANES and then folds the lanes in halves; nothing but the length decides
 //! the order. The f32 functions are straight-line code, so that loops over them become vector instructions.
 
-use crate::dtype::Element;
+use crate::dtype::{Dtype, Element};
 
 /// Two 512-bit registers of f32: enough independent additions to keep a core busy.
 pub const LANES: usize = 32;
+
+/// Elements that are converted to f32 before they are summed: a plain loop becomes better vector code than one that does both. Whole lanes.
+const BLOCK: usize = 8 * LANES;
 
 /// 1.5 * 2^23: adding it to a small f32 rounds to an integer, which then stands in the low bits.
 const ROUNDER: f32 = 12_582_912.0;
@@ -50,15 +53,17 @@ pub fn sigmoid(x: f32) -> (f32, f32) {
 /// The sum of `term` over a row, in lanes.
 #[inline(always)]
 pub fn sum<T: Element>(x: &[T], term: impl Fn(f32) -> f32) -> f32 {
-    let (blocks, rest) = x.as_chunks::<LANES>();
-    let mut lanes = [0f32; LANES];
-    for block in blocks {
-        for (lane, x) in lanes.iter_mut().zip(block) {
-            *lane += term(x.to_f32());
+    let (mut lanes, mut space) = ([0f32; LANES], [0f32; BLOCK]);
+    for x in x.chunks(BLOCK) {
+        let (blocks, rest) = widened(x, &mut space).as_chunks::<LANES>();
+        for x in blocks {
+            for i in 0..LANES {
+                lanes[i] += term(x[i]);
+            }
         }
-    }
-    for (lane, x) in lanes.iter_mut().zip(rest) {
-        *lane += term(x.to_f32());
+        for (lane, x) in lanes.iter_mut().zip(rest) {
+            *lane += term(*x);
+        }
     }
     fold(lanes)
 }
@@ -86,18 +91,36 @@ pub fn sums_of_three<T: Element>(a: &[T], b: &[T], c: &[T], terms: impl Fn(f32, 
 /// The greatest element; -infinity for none. A NaN is passed over.
 #[inline(always)]
 pub fn max<T: Element>(x: &[T]) -> f32 {
-    let greater = |a: f32, b: f32| if b > a { b } else { a };
-    let (blocks, rest) = x.as_chunks::<LANES>();
-    let mut lanes = [f32::NEG_INFINITY; LANES];
-    for block in blocks {
-        for (lane, x) in lanes.iter_mut().zip(block) {
-            *lane = greater(*lane, x.to_f32());
+    let (mut lanes, mut space) = ([f32::NEG_INFINITY; LANES], [0f32; BLOCK]);
+    for x in x.chunks(BLOCK) {
+        let (blocks, rest) = widened(x, &mut space).as_chunks::<LANES>();
+        for x in blocks {
+            for i in 0..LANES {
+                lanes[i] = greater(lanes[i], x[i]);
+            }
+        }
+        for (lane, x) in lanes.iter_mut().zip(rest) {
+            *lane = greater(*lane, *x);
         }
     }
-    for (lane, x) in lanes.iter_mut().zip(rest) {
-        *lane = greater(*lane, x.to_f32());
-    }
     lanes.into_iter().fold(f32::NEG_INFINITY, greater)
+}
+
+#[inline(always)]
+fn greater(a: f32, b: f32) -> f32 {
+    if b > a { b } else { a }
+}
+
+/// At most a block of elements as f32: themselves, or converted into `space`.
+#[inline(always)]
+fn widened<'a, T: Element>(x: &'a [T], space: &'a mut [f32; BLOCK]) -> &'a [f32] {
+    if T::DTYPE == Dtype::F32 {
+        return bytemuck::cast_slice(x);
+    }
+    for (wide, x) in space.iter_mut().zip(x) {
+        *wide = x.to_f32();
+    }
+    &space[..x.len()]
 }
 
 #[inline(always)]

@@ -2,8 +2,8 @@
 //!
 //! Invariant: every row is written by exactly one call of `work`, which gets it whole.
 
-use crate::device::cpu::Cpu;
 use crate::device::cpu::widest::widest;
+use crate::device::cpu::{Cpu, Isa};
 use crate::dtype::Stored;
 use std::ops::Range;
 use std::slice::ChunksExactMut;
@@ -51,22 +51,20 @@ impl<A: Split, B: Split> Split for (A, B) {
 }
 
 /// Calls `work` on consecutive ranges that tile `0..rows`, each with its share of `out`. `cost`: elements touched for one row.
+/// A closure marked `#[inline(always)]` becomes vector code.
 pub fn over_rows<S: Split>(cpu: &Cpu, rows: usize, cost: usize, out: S, work: impl Fn(Range<usize>, S) + Sync) {
     let parts = (rows * cost / WORTHWHILE).min(cpu.threads() * 4);
-    if rows == 0 {
-    } else if parts <= 1 || cpu.threads() == 1 {
-        widest(
-            #[inline(always)]
-            || work(0..rows, out),
-        );
+    if parts <= 1 || cpu.threads() == 1 {
+        halve(cpu.isa(), 0..rows, rows, out, &work);
     } else {
-        cpu.install(|| halve(0..rows, rows.div_ceil(parts), out, &work));
+        cpu.install(|| halve(cpu.isa(), 0..rows, rows.div_ceil(parts), out, &work));
     }
 }
 
-fn halve<S: Split>(rows: Range<usize>, most: usize, out: S, work: &(impl Fn(Range<usize>, S) + Sync)) {
+fn halve<S: Split>(isa: Isa, rows: Range<usize>, most: usize, out: S, work: &(impl Fn(Range<usize>, S) + Sync)) {
     if rows.len() <= most {
         return widest(
+            isa,
             #[inline(always)]
             || work(rows, out),
         );
@@ -75,7 +73,7 @@ fn halve<S: Split>(rows: Range<usize>, most: usize, out: S, work: &(impl Fn(Rang
     let half = if half > ALIGNMENT { half.next_multiple_of(ALIGNMENT).min(rows.len()) } else { half };
     let (before, after) = out.split(half);
     let middle = rows.start + half;
-    rayon::join(|| halve(rows.start..middle, most, before, work), || halve(middle..rows.end, most, after, work));
+    rayon::join(|| halve(isa, rows.start..middle, most, before, work), || halve(isa, middle..rows.end, most, after, work));
 }
 
 #[cfg(test)]
