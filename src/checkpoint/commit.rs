@@ -189,7 +189,7 @@ fn gather(options: &Options, shared: &Shared, attempt: &Path, facts: Facts) -> R
                 continue;
             }
             match index::unseal(&path)? {
-                Part::Failed { reason } => bail!("rank {rank} could not write its part: {reason}"),
+                Part::Failed { reason } => bail!("rank {rank} could not write its part of {}: {reason}", attempt.display()),
                 Part::Done { facts, files, tensors } => {
                     merge(&mut index, facts, files, tensors).with_context(|| format!("the part of rank {rank}"))?;
                 }
@@ -199,9 +199,9 @@ fn gather(options: &Options, shared: &Shared, attempt: &Path, facts: Facts) -> R
             break;
         }
         missing = late;
-        let seconds = options.deadline.as_secs();
-        ensure!(waited < options.deadline, "the ranks {missing:?} have not written their parts within {seconds} s");
-        ensure!(!shared.nap(nap), "the run ended before the ranks {missing:?} had written their parts");
+        let (seconds, folder) = (options.deadline.as_secs(), attempt.display());
+        ensure!(waited < options.deadline, "the ranks {missing:?} have not written their parts of {folder} within {seconds} s");
+        ensure!(!shared.nap(nap), "the run ended before the ranks {missing:?} had written their parts of {folder}");
         waited += nap;
         nap = NAPS.1.min(nap * 2);
     }

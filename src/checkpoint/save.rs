@@ -211,7 +211,8 @@ fn perform(options: &Options, shared: &Shared, job: Job) -> Result<Saved> {
         Ok((files, tensors)) => Part::Done { facts: facts.clone(), files: files.clone(), tensors: tensors.clone() },
         Err(error) => Part::Failed { reason: format!("{error:#}") },
     };
-    let announced = part.write(&attempt, options.rank);
+    // The folder may be what could not be made: it is tried again, so that rank 0 need not wait for what does not come.
+    let announced = folder::create(&attempt).and_then(|()| part.write(&attempt, options.rank));
     let written = written.and_then(|(files, _)| announced.map(|()| files));
     if options.rank != 0 {
         let bytes = written?.values().map(|sum| sum.bytes).sum();
