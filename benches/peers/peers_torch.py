@@ -143,7 +143,8 @@ def main():
     torch.manual_seed(0)
     model = Decoder(m | dict(positions=max(m["positions"], length)))
     parameters = sum(p.numel() for p in model.parameters())
-    groups = [dict(params=[p for p in model.parameters() if (p.ndim >= 2) == decayed], weight_decay=0.1 * decayed) for decayed in (True, False)]
+    matrices, vectors = ([p for p in model.parameters() if (p.ndim >= 2) == wanted] for wanted in (True, False))
+    groups = [dict(params=matrices, weight_decay=0.1), dict(params=vectors, weight_decay=0.0)]
     optimizer = torch.optim.AdamW(groups, lr=3e-4, betas=(0.9, 0.95), fused=True)
     run = torch.compile(model) if OPTIONS.compile else model
 
@@ -168,8 +169,8 @@ def main():
     times = calm if len(calm) >= 3 else calm + disturbed
     tokens = rows * length
     print(json.dumps(dict(
-        peer="torch", version=torch.__version__, model=OPTIONS.model, dtype=OPTIONS.dtype, compiled=OPTIONS.compile, threads=OPTIONS.threads,
-        rows=rows, time=length, parameters=parameters, tokens_per_s=round(tokens / statistics.median(times), 1),
+        peer="torch", version=torch.__version__, model=OPTIONS.model, dtype=OPTIONS.dtype, compiled=OPTIONS.compile,
+        threads=OPTIONS.threads, rows=rows, time=length, parameters=parameters, tokens_per_s=round(tokens / statistics.median(times), 1),
         tokens_per_s_best=round(tokens / min(times), 1), step_s=round(statistics.median(times), 5), steps_calm=len(calm),
         steps_disturbed=len(disturbed), memory_peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         loss_first=round(losses[0], 4), loss_last=round(losses[-1], 4))), flush=True)
