@@ -9,7 +9,7 @@
 
 use crate::device::tensor::{Tensor, View};
 use crate::model::norm::Norm;
-use crate::ops::attention::{self, Heads};
+use crate::ops::attention::{self, Heads, Mask};
 use crate::ops::{elementwise, matmul, reduce, rope};
 use crate::parallel::flat::{Grads, ParamId, Weights};
 use crate::parallel::tensor_parallel::Region;
@@ -72,7 +72,7 @@ impl Attention {
         if let Some(table) = tokens.rope {
             rope::forward(qkv.view_mut(), self.heads.query + self.heads.kv, self.heads.dim, table, tokens.positions);
         }
-        let (out, lse) = attention::forward(qkv.view(), self.heads, tokens.t, tokens.starts, self.window);
+        let (out, lse) = attention::forward(qkv.view(), self.heads, self.mask(tokens));
         let mut y = self.region.leave(self.region.row_parallel(out.view(), w.get(self.o)), tokens.t)?;
         if let Some(bias) = self.o_bias {
             elementwise::add_row(y.view_mut(), w.get(bias));
@@ -93,7 +93,7 @@ impl Attention {
         g.matrices(&[self.o], &dleft, &out, t);
         let dout = matmul::backward_input(dleft.view(), w.get(self.o));
         drop(dleft);
-        let mut dqkv = attention::backward(dout.view(), qkv.view(), out.view(), lse.view(), self.heads, t, tokens.starts, self.window);
+        let mut dqkv = attention::backward(dout.view(), qkv.view(), out.view(), lse.view(), self.heads, self.mask(tokens));
         drop((dout, qkv, out, lse));
         if let Some(table) = tokens.rope {
             rope::backward(dqkv.view_mut(), rotated, self.heads.dim, table, tokens.positions);
@@ -114,5 +114,9 @@ impl Attention {
         let mut dx = self.norm.backward(w, g, dnormed.view(), x.view(), stats.view(), stream_t);
         elementwise::add(dx.view_mut(), dy.view());
         Ok(dx)
+    }
+
+    fn mask<'a>(&self, tokens: Tokens<'a>) -> Mask<'a> {
+        Mask { t: tokens.t, starts: tokens.starts, window: self.window }
     }
 }
