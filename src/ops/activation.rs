@@ -29,16 +29,21 @@ pub fn swiglu_forward(gate_up: View<'_>) -> Tensor {
             over_rows(cpu, n, f * COST, Rows::new(h.view_mut().into_slice::<T>(), f), #[inline(always)] |rows, h| {
                 for (row, h) in rows.zip(h.each()) {
                     let (gate, up) = gate_up[row * 2 * f..][..2 * f].split_at(f);
-                    for ((h, gate), up) in h.iter_mut().zip(gate).zip(up) {
-                        let (gate, up) = (gate.to_f32(), up.to_f32());
-                        *h = T::from_f32((gate * sigmoid(gate).0) * up);
-                    }
+                    swiglu_row(h, gate, up);
                 }
             });
         }),
         Device::Dry(_) => {}
     }
     h
+}
+
+#[inline(always)]
+fn swiglu_row<T: Element>(h: &mut [T], gate: &[T], up: &[T]) {
+    for ((h, gate), up) in h.iter_mut().zip(gate).zip(up) {
+        let (gate, up) = (gate.to_f32(), up.to_f32());
+        *h = T::from_f32((gate * sigmoid(gate).0) * up);
+    }
 }
 
 /// dh [n, f] -> dgate_up [n, 2 f]
@@ -54,19 +59,23 @@ pub fn swiglu_backward(dh: View<'_>, gate_up: View<'_>) -> Tensor {
                 for (row, dgate_up) in rows.zip(dgate_up.each()) {
                     let (gate, up) = gate_up[row * 2 * f..][..2 * f].split_at(f);
                     let (dgate, dup) = dgate_up.split_at_mut(f);
-                    let dh = &dh[row * f..][..f];
-                    for ((((dgate, dup), dh), gate), up) in dgate.iter_mut().zip(dup).zip(dh).zip(gate).zip(up) {
-                        let (dh, gate, up) = (dh.to_f32(), gate.to_f32(), up.to_f32());
-                        let (s, complement) = sigmoid(gate);
-                        *dgate = T::from_f32((dh * up) * (s * (1.0 + gate * complement)));
-                        *dup = T::from_f32(dh * (gate * s));
-                    }
+                    swiglu_backward_row(dgate, dup, &dh[row * f..][..f], gate, up);
                 }
             });
         }),
         Device::Dry(_) => {}
     }
     dgate_up
+}
+
+#[inline(always)]
+fn swiglu_backward_row<T: Element>(dgate: &mut [T], dup: &mut [T], dh: &[T], gate: &[T], up: &[T]) {
+    for ((((dgate, dup), dh), gate), up) in dgate.iter_mut().zip(dup).zip(dh).zip(gate).zip(up) {
+        let (dh, gate, up) = (dh.to_f32(), gate.to_f32(), up.to_f32());
+        let (s, complement) = sigmoid(gate);
+        *dgate = T::from_f32((dh * up) * (s * (1.0 + gate * complement)));
+        *dup = T::from_f32(dh * (gate * s));
+    }
 }
 
 /// x -> y of the same shape
@@ -76,15 +85,20 @@ pub fn gelu_forward(x: View<'_>) -> Tensor {
         Device::Cpu(cpu) => dispatch!(x.dtype(), T => {
             let xs = x.slice::<T>();
             over_rows(cpu, xs.len(), COST, Rows::new(y.view_mut().into_slice::<T>(), 1), #[inline(always)] |range, y| {
-                for (y, x) in y.elements.iter_mut().zip(&xs[range]) {
-                    let x = x.to_f32();
-                    *y = T::from_f32(x * gelu_gate(x).0);
-                }
+                gelu_row(y.elements, &xs[range]);
             });
         }),
         Device::Dry(_) => {}
     }
     y
+}
+
+#[inline(always)]
+fn gelu_row<T: Element>(y: &mut [T], x: &[T]) {
+    for (y, x) in y.iter_mut().zip(x) {
+        let x = x.to_f32();
+        *y = T::from_f32(x * gelu_gate(x).0);
+    }
 }
 
 /// dy, x -> dx
@@ -95,15 +109,20 @@ pub fn gelu_backward(dy: View<'_>, x: View<'_>) -> Tensor {
         Device::Cpu(cpu) => dispatch!(x.dtype(), T => {
             let (dys, xs) = (dy.slice::<T>(), x.slice::<T>());
             over_rows(cpu, xs.len(), COST, Rows::new(dx.view_mut().into_slice::<T>(), 1), #[inline(always)] |range, dx| {
-                for ((dx, dy), x) in dx.elements.iter_mut().zip(&dys[range.clone()]).zip(&xs[range]) {
-                    let (gate, slope) = gelu_gate(x.to_f32());
-                    *dx = T::from_f32(dy.to_f32() * (gate + slope));
-                }
+                gelu_backward_row(dx.elements, &dys[range.clone()], &xs[range]);
             });
         }),
         Device::Dry(_) => {}
     }
     dx
+}
+
+#[inline(always)]
+fn gelu_backward_row<T: Element>(dx: &mut [T], dy: &[T], x: &[T]) {
+    for ((dx, dy), x) in dx.iter_mut().zip(dy).zip(x) {
+        let (gate, slope) = gelu_gate(x.to_f32());
+        *dx = T::from_f32(dy.to_f32() * (gate + slope));
+    }
 }
 
 /// s(2 u) and x times its derivative.

@@ -95,7 +95,7 @@ pub fn step_and_cast(mut p: ViewMut<'_>, mut m: ViewMut<'_>, mut v: ViewMut<'_>,
             over_rows(cpu, gs.len(), 5, (out, state), #[inline(always)] |range, ((p, weights), (m, v))| {
                 for ((((p, w), m), v), g) in p.elements.iter_mut().zip(weights.elements).zip(m.elements).zip(v.elements).zip(&gs[range]) {
                     (*p, *m, *v) = update(*p, *m, *v, *g, scalars);
-                    *w = T::from_f32(*p);
+                    *w = <T as Element>::from_f32(*p);
                 }
             });
         }),

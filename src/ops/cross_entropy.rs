@@ -63,7 +63,7 @@ pub fn sums(logits: View<'_>, max: View<'_>, targets: View<'_>, first: usize, sh
                     for (total, logits) in shards.iter_mut().zip(logits.chunks(shard)) {
                         *total = sum(logits, #[inline(always)] |logit| exp(logit - max));
                     }
-                    let target = target_column(targets[row], first, v).map_or(0.0, |column| logits[column].to_f32() - max);
+                    let target = target_column(targets[row], first, v).map_or(0.0, |column| Element::to_f32(logits[column]) - max);
                     sums.copy_from_slice(&[tree(&mut shards), target]);
                 }
             });
@@ -116,19 +116,23 @@ pub fn finish(mut logits: ViewMut<'_>, max: View<'_>, sums: View<'_>, targets: V
                         logits.fill(T::default());
                         continue;
                     }
-                    let (max, share) = (max[row], 1.0 / sums[2 * row]);
                     let column = target_column(targets[row], first, v);
-                    let target = column.map(|column| (exp(logits[column].to_f32() - max) * share - 1.0) * scale);
-                    for logit in logits.iter_mut() {
-                        *logit = T::from_f32((exp(logit.to_f32() - max) * share) * scale);
-                    }
-                    if let (Some(column), Some(gradient)) = (column, target) {
-                        logits[column] = T::from_f32(gradient);
-                    }
+                    finish_row(logits, max[row], 1.0 / sums[2 * row], column, scale);
                 }
             });
         }),
         Device::Dry(_) => {}
+    }
+}
+
+#[inline(always)]
+fn finish_row<T: Element>(logits: &mut [T], max: f32, share: f32, target: Option<usize>, scale: f32) {
+    let gradient = target.map(|column| (exp(logits[column].to_f32() - max) * share - 1.0) * scale);
+    for logit in logits.iter_mut() {
+        *logit = T::from_f32((exp(logit.to_f32() - max) * share) * scale);
+    }
+    if let (Some(column), Some(gradient)) = (target, gradient) {
+        logits[column] = T::from_f32(gradient);
     }
 }
 

@@ -40,12 +40,17 @@ pub fn scale(mut x: ViewMut<'_>, factor: f32) {
         Device::Cpu(cpu) => dispatch!(x.dtype(), T => {
             let x = x.slice_mut::<T>();
             over_rows(cpu, x.len(), 1, Rows::new(x, 1), #[inline(always)] |_, x| {
-                for x in x.elements {
-                    *x = T::from_f32(x.to_f32() * factor);
-                }
+                scale_part(x.elements, factor);
             });
         }),
         Device::Dry(_) => {}
+    }
+}
+
+#[inline(always)]
+fn scale_part<T: Element>(x: &mut [T], factor: f32) {
+    for x in x {
+        *x = T::from_f32(x.to_f32() * factor);
     }
 }
 
@@ -58,13 +63,25 @@ pub fn add_row(mut y: ViewMut<'_>, bias: View<'_>) {
             let bias = bias.slice::<T>();
             over_rows(cpu, n, c, Rows::new(y.slice_mut::<T>(), c), #[inline(always)] |_, y| {
                 for y in y.each() {
-                    for (y, bias) in y.iter_mut().zip(bias) {
-                        *y = T::from_f32(y.to_f32() + bias.to_f32());
-                    }
+                    add_to_row(y, bias);
                 }
             });
         }),
         Device::Dry(_) => {}
+    }
+}
+
+#[inline(always)]
+pub(super) fn add_to_row<T: Element>(y: &mut [T], x: &[T]) {
+    for (y, x) in y.iter_mut().zip(x) {
+        *y = T::from_f32(y.to_f32() + x.to_f32());
+    }
+}
+
+#[inline(always)]
+pub(super) fn accumulate_row<T: Element>(sums: &mut [f32], x: &[T]) {
+    for (sum, x) in sums.iter_mut().zip(x) {
+        *sum += x.to_f32();
     }
 }
 

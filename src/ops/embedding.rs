@@ -13,7 +13,8 @@
 use crate::device::Device;
 use crate::device::tensor::{Tensor, View, ViewMut};
 use crate::dispatch;
-use crate::dtype::{Dtype, Element};
+use crate::dtype::Dtype;
+use crate::ops::elementwise::{accumulate_row, add_to_row};
 use crate::ops::rows::{Rows, over_rows};
 
 /// ids u32 [n], table [v_local, c]: the vectors of ids `first..first + v_local` -> [n, c]
@@ -52,7 +53,7 @@ pub fn backward(mut dw: ViewMut<'_>, dy: View<'_>, ids: View<'_>, first: usize) 
             over_rows(cpu, local, cost, Rows::new(dw.slice_mut::<f32>(), columns), #[inline(always)] |rows, dw| {
                 for (id, dy) in ids.iter().zip(dy.chunks_exact(columns)) {
                     if let Some(row) = local_row(*id, first + rows.start, rows.len()) {
-                        add_row(&mut dw.elements[row * columns..][..columns], dy);
+                        accumulate_row(&mut dw.elements[row * columns..][..columns], dy);
                     }
                 }
             });
@@ -73,10 +74,7 @@ pub fn positions_forward(mut x: ViewMut<'_>, table: View<'_>, positions: View<'_
             over_rows(cpu, n, columns, Rows::new(x.slice_mut::<T>(), columns), #[inline(always)] |rows, x| {
                 for (position, x) in positions[rows].iter().zip(x.each()) {
                     assert!((*position as usize) < most, "position {position} of a table of {most}");
-                    let vector = &table[*position as usize * columns..][..columns];
-                    for (x, v) in x.iter_mut().zip(vector) {
-                        *x = T::from_f32(x.to_f32() + v.to_f32());
-                    }
+                    add_to_row(x, &table[*position as usize * columns..][..columns]);
                 }
             });
         }),
@@ -91,10 +89,4 @@ pub fn positions_backward(dw: ViewMut<'_>, dx: View<'_>, positions: View<'_>) {
 
 fn local_row(id: u32, first: usize, local: usize) -> Option<usize> {
     (id as usize).checked_sub(first).filter(|&row| row < local)
-}
-
-fn add_row<T: Element>(dw: &mut [f32], dy: &[T]) {
-    for (dw, dy) in dw.iter_mut().zip(dy) {
-        *dw += dy.to_f32();
-    }
 }

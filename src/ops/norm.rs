@@ -78,18 +78,29 @@ pub fn rms_backward(dy: View<'_>, x: View<'_>, w: View<'_>, r: View<'_>) -> Tens
             over_rows(cpu, n, 2 * c, Rows::new(dx.view_mut().into_slice::<T>(), c), #[inline(always)] |rows, dx| {
                 for (row, dx) in rows.zip(dx.each()) {
                     let (dy, x, r) = (&dy[row * c..][..c], &x[row * c..][..c], r[row]);
-                    let (along, _) = sums_of_three(dy, x, w, #[inline(always)] |dy, x, w| ((dy * w) * (x * r), 0.0));
-                    let along = along / c as f32;
-                    for (((dx, dy), x), w) in dx.iter_mut().zip(dy).zip(x).zip(w) {
-                        let (dh, h) = (dy.to_f32() * w.to_f32(), x.to_f32() * r);
-                        *dx = T::from_f32(r * (dh - h * along));
-                    }
+                    rms_backward_row(dx, dy, x, w, r);
                 }
             });
         }),
         Device::Dry(_) => {}
     }
     dx
+}
+
+#[inline(always)]
+fn rms_backward_row<T: Element>(dx: &mut [T], dy: &[T], x: &[T], w: &[T], r: f32) {
+    let (along, _) = sums_of_three(
+        dy,
+        x,
+        w,
+        #[inline(always)]
+        |dy, x, w| ((dy * w) * (x * r), 0.0),
+    );
+    let along = along / x.len() as f32;
+    for (((dx, dy), x), w) in dx.iter_mut().zip(dy).zip(x).zip(w) {
+        let (dh, h) = (dy.to_f32() * w.to_f32(), x.to_f32() * r);
+        *dx = T::from_f32(r * (dh - h * along));
+    }
 }
 
 /// dw f32 [chunks, c] += the sum over rows of dy (x r)
@@ -103,9 +114,7 @@ pub fn rms_backward_weight(dw: ViewMut<'_>, dy: View<'_>, x: View<'_>, r: View<'
             let (dy, x, r) = (dy.slice::<T>(), x.slice::<T>(), r.slice::<f32>());
             add_by_chunks(dw, n, t, #[inline(always)] |row, columns, sums| {
                 let (dy, x, r) = (&dy[row * c..][columns.clone()], &x[row * c..][columns], r[row]);
-                for ((sum, dy), x) in sums.iter_mut().zip(dy).zip(x) {
-                    *sum += dy.to_f32() * (x.to_f32() * r);
-                }
+                add_weight_row(sums, dy, x, 0.0, r);
             });
         }),
         Device::Dry(_) => {}
@@ -178,18 +187,29 @@ pub fn layer_backward(dy: View<'_>, x: View<'_>, w: View<'_>, stats: View<'_>) -
                 for (row, dx) in rows.zip(dx.each()) {
                     let (dy, x) = (&dy[row * c..][..c], &x[row * c..][..c]);
                     let (mean, r) = (stats[2 * row], stats[2 * row + 1]);
-                    let (flat, along) = sums_of_three(dy, x, w, #[inline(always)] |dy, x, w| (dy * w, (dy * w) * ((x - mean) * r)));
-                    let (flat, along) = (flat / c as f32, along / c as f32);
-                    for (((dx, dy), x), w) in dx.iter_mut().zip(dy).zip(x).zip(w) {
-                        let (dh, h) = (dy.to_f32() * w.to_f32(), (x.to_f32() - mean) * r);
-                        *dx = T::from_f32(r * ((dh - flat) - h * along));
-                    }
+                    layer_backward_row(dx, dy, x, w, mean, r);
                 }
             });
         }),
         Device::Dry(_) => {}
     }
     dx
+}
+
+#[inline(always)]
+fn layer_backward_row<T: Element>(dx: &mut [T], dy: &[T], x: &[T], w: &[T], mean: f32, r: f32) {
+    let (flat, along) = sums_of_three(
+        dy,
+        x,
+        w,
+        #[inline(always)]
+        |dy, x, w| (dy * w, (dy * w) * ((x - mean) * r)),
+    );
+    let (flat, along) = (flat / x.len() as f32, along / x.len() as f32);
+    for (((dx, dy), x), w) in dx.iter_mut().zip(dy).zip(x).zip(w) {
+        let (dh, h) = (dy.to_f32() * w.to_f32(), (x.to_f32() - mean) * r);
+        *dx = T::from_f32(r * ((dh - flat) - h * along));
+    }
 }
 
 /// dw f32 [chunks, c] += the sum over rows of dy ((x - mean) r). The bias's gradient is `reduce::sum_rows`.
@@ -204,12 +224,18 @@ pub fn layer_backward_weight(dw: ViewMut<'_>, dy: View<'_>, x: View<'_>, stats: 
             add_by_chunks(dw, n, t, #[inline(always)] |row, columns, sums| {
                 let (dy, x) = (&dy[row * c..][columns.clone()], &x[row * c..][columns]);
                 let (mean, r) = (stats[2 * row], stats[2 * row + 1]);
-                for ((sum, dy), x) in sums.iter_mut().zip(dy).zip(x) {
-                    *sum += dy.to_f32() * ((x.to_f32() - mean) * r);
-                }
+                add_weight_row(sums, dy, x, mean, r);
             });
         }),
         Device::Dry(_) => {}
+    }
+}
+
+/// For both norms: subtracting a mean of zero changes no bit.
+#[inline(always)]
+fn add_weight_row<T: Element>(sums: &mut [f32], dy: &[T], x: &[T], mean: f32, r: f32) {
+    for ((sum, dy), x) in sums.iter_mut().zip(dy).zip(x) {
+        *sum += dy.to_f32() * ((x.to_f32() - mean) * r);
     }
 }
 

@@ -11,6 +11,7 @@ use crate::device::Device;
 use crate::device::tensor::{Tensor, View, ViewMut};
 use crate::dispatch;
 use crate::dtype::{Dtype, Element};
+use crate::ops::elementwise::accumulate_row;
 use crate::ops::rows::{Rows, over_rows};
 use rayon::iter::{IndexedParallelIterator, ParallelIterator};
 use rayon::slice::ParallelSlice;
@@ -27,10 +28,7 @@ pub fn sum_rows(dw: ViewMut<'_>, dy: View<'_>, t: usize) {
         Device::Cpu(_) => dispatch!(dy.dtype(), T => {
             let values = dy.slice::<T>();
             add_by_chunks(dw, dy.shape().rows(), t, #[inline(always)] |row, columns_read, sums| {
-                let dy = &values[row * columns..][columns_read];
-                for (sum, dy) in sums.iter_mut().zip(dy) {
-                    *sum += dy.to_f32();
-                }
+                accumulate_row(sums, &values[row * columns..][columns_read]);
             });
         }),
         Device::Dry(_) => {}
@@ -134,14 +132,17 @@ pub fn first_nonfinite(x: View<'_>) -> Option<usize> {
     match x.device() {
         Device::Cpu(cpu) => dispatch!(x.dtype(), T => {
             let values = x.slice::<T>();
-            let find = |(part, values): (usize, &[T])| {
-                let any = values.iter().fold(false, |any, x| any | !x.to_f32().is_finite());
-                any.then(|| values.iter().position(|x| !x.to_f32().is_finite()).map(|i| part * PART + i)).flatten()
-            };
+            let find = |(part, values): (usize, &[T])| nonfinite_in(values).map(|i| part * PART + i);
             if values.len() <= PART { find((0, values)) } else { cpu.install(|| values.par_chunks(PART).enumerate().find_map_first(find)) }
         }),
         Device::Dry(_) => None,
     }
+}
+
+fn nonfinite_in<T: Element>(values: &[T]) -> Option<usize> {
+    // First whether there is one at all: that loop has no exit, so it becomes vector code.
+    let any = values.iter().fold(false, |any, x| any | !x.to_f32().is_finite());
+    if any { values.iter().position(|x| !x.to_f32().is_finite()) } else { None }
 }
 
 /// A sum of squares of f32 without any rounding: of each value with biased exponent e and 24-bit significand m, m * m is added to
