@@ -2,6 +2,8 @@
 
 #[path = "collectives/faults.rs"]
 mod faults;
+#[path = "collectives/rendezvous.rs"]
+mod rendezvous;
 
 use anyhow::Result;
 use ferrotron::comm::metered::{Count, Meter, Metered};

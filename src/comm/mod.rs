@@ -8,10 +8,12 @@
 
 pub mod call;
 pub mod connect;
+pub mod door;
 pub mod faulty;
 pub mod metered;
 pub mod rendezvous;
 pub mod solo;
+pub mod store;
 pub mod tcp;
 pub mod threads;
 pub mod tree;
