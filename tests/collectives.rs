@@ -4,6 +4,8 @@
 mod faults;
 #[path = "collectives/rendezvous.rs"]
 mod rendezvous;
+#[path = "collectives/tcp.rs"]
+mod tcp;
 
 use anyhow::Result;
 use ferrotron::comm::metered::{Count, Meter, Metered};
