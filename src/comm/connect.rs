@@ -87,13 +87,24 @@ impl World {
         joining: Duration,
         deadline: Duration,
     ) -> Result<World> {
+        let (host, port) = address.rsplit_once(':').with_context(|| format!("{address:?} is not host:port"))?;
+        let port: u16 = port.parse().with_context(|| format!("{port:?}, the port of {address:?}, is not a number up to 65535"))?;
+        // A name of this host may stand for a loopback address here and for another one elsewhere: unless it is loopback for everybody,
+        // rank 0 is heard on all addresses. The door refuses strangers.
+        let here_only = host == "localhost" || host.trim_matches(['[', ']']).parse().is_ok_and(|ip: IpAddr| ip.is_loopback());
+        let everywhere = IpAddr::from([0, 0, 0, 0]);
         let rendezvous = if rank == 0 {
-            let bind = || TcpListener::bind(address).with_context(|| format!("rank 0 listens for the other ranks on {address}"));
+            let bind = || if here_only { TcpListener::bind(address) } else { TcpListener::bind((everywhere, port)) };
+            let bind = || bind().with_context(|| format!("rank 0 listens for the other ranks on {address}"));
             Some(Rendezvous::open(listener.map_or_else(bind, Ok)?, job.clone())?)
         } else {
             None
         };
         let store = Arc::new(Store::connect(address, job, rank, joining)?);
+        let ip = match ip {
+            None if !here_only && store.route()?.0.is_loopback() => Some(everywhere),
+            known => known,
+        };
         let mesh = Arc::new(Mesh::join(store.clone(), job.clone(), ip, deadline)?);
         let world = World { mesh, store, rendezvous };
         world.store.barrier("joined", joining).context("not all ranks of the job have come")?;

@@ -80,10 +80,11 @@ struct Letter {
 pub struct Sent(AtomicUsize);
 
 impl Mesh {
-    /// Opens this rank's door on `ip` and tells the others where it is.
+    /// Opens this rank's door on `ip` and tells the others where it is. Without `ip` it is the address by which this rank reaches the
+    /// rendezvous. A loopback address is one of the rendezvous' host, so `place_of` takes the address of that host as it knows it.
     pub fn join(store: Arc<Store>, job: Job, ip: Option<IpAddr>, deadline: Duration) -> Result<Mesh> {
         let rank = store.rank();
-        let ip = ip.map_or_else(|| store.local_ip(), Ok)?;
+        let ip = ip.map_or_else(|| store.route().map(|(here, _)| here), Ok)?;
         let listener = TcpListener::bind((ip, 0)).with_context(|| format!("rank {rank} listens on a free port of {ip}"))?;
         let hub = Arc::new(Hub {
             rank,
@@ -202,10 +203,18 @@ impl Hub {
         outgoing.queue.send(letter).map_err(|_| anyhow!("the connection to rank {to} has failed"))
     }
 
+    fn place_of(&self, peer: usize) -> Result<SocketAddr> {
+        let published = self.store.get(&place(peer), self.deadline)?;
+        let mut address: SocketAddr = std::str::from_utf8(&published)?.parse().context("an address that was published")?;
+        if address.ip().is_loopback() || address.ip().is_unspecified() {
+            address.set_ip(self.store.route()?.1);
+        }
+        Ok(address)
+    }
+
     fn write(&self, to: usize, letters: Receiver<Letter>) {
         let connect = || -> Result<TcpStream> {
-            let address = self.store.get(&place(to), self.deadline)?;
-            let address: SocketAddr = std::str::from_utf8(&address)?.parse().context("an address that was published")?;
+            let address = self.place_of(to)?;
             let stream = door::knock(&[address], &self.job, Purpose::Data, self.rank, Instant::now() + self.deadline)?;
             stream.set_write_timeout(Some(self.deadline))?;
             Ok(stream)

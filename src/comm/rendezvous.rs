@@ -220,6 +220,7 @@ impl Hall {
             kind if kind == Kind::Fail as u8 => {
                 tables.fail(String::from_utf8_lossy(value).into_owned());
                 tables.answer(rank, number, Status::Done, &[]);
+                self.changed.notify_all();
             }
             kind if kind == Kind::Goodbye as u8 => return Ok(false),
             other => anyhow::bail!("a request of unknown kind {other}"),

@@ -62,9 +62,11 @@ impl Store {
         self.rank
     }
 
-    /// The address of this host on the way to rank 0: other ranks can most likely reach it.
-    pub fn local_ip(&self) -> Result<IpAddr> {
-        Ok(self.writing.lock().unwrap_or_else(PoisonError::into_inner).local_addr().context("the own address")?.ip())
+    /// The addresses of this rank and of rank 0 on the way between them.
+    pub fn route(&self) -> Result<(IpAddr, IpAddr)> {
+        let stream = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
+        let route = stream.local_addr().and_then(|here| Ok((here.ip(), stream.peer_addr()?.ip())));
+        route.context("asking for the two ends of the connection to the rendezvous")
     }
 
     pub fn set(&self, key: &str, value: &[u8], deadline: Duration) -> Result<()> {

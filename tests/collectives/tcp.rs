@@ -148,6 +148,46 @@ fn a_receive_of_another_shape_is_refused_over_sockets() {
     leave(worlds);
 }
 
+/// Some of the faults of `faults.rs`, over sockets.
+#[test]
+fn faults_over_sockets_make_nobody_hang() {
+    let deadline = Duration::from_millis(600);
+    for seed in 0..24 {
+        let size = 2 + seed as usize % 3;
+        let worlds = worlds(size, deadline);
+        crate::faults::run(seed, deadline, groups(&worlds, "all"));
+        leave(worlds);
+    }
+}
+
+/// Rank 1 is reached by a hostname's worth of detours: it listens everywhere and is found through the rendezvous' host.
+#[test]
+fn a_rank_that_listens_everywhere_is_found() {
+    let listener = TcpListener::bind("0.0.0.0:0").expect("a free port");
+    let address = format!("127.0.0.1:{}", listener.local_addr().expect("bound").port());
+    let mut listeners = [Some(listener), None].into_iter().enumerate();
+    let everywhere = "0.0.0.0".parse().ok();
+    std::thread::scope(|scope| {
+        listeners.by_ref().for_each(|(rank, listener)| {
+            let address = &address;
+            scope.spawn(move || {
+                let world = World::join(address, listener, &job(2), rank, everywhere, PATIENT, PATIENT).expect("joined");
+                let wanted = [("all".to_string(), vec![0, 1])];
+                Groups::connect(&world.transport(), rank, 2, &wanted).expect("a group").get("all").barrier().expect("both are there");
+            });
+        });
+    });
+}
+
+#[test]
+fn a_world_that_is_not_complete_says_who_is_missing() {
+    let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
+    let address = listener.local_addr().expect("bound").to_string();
+    let brief = Duration::from_millis(300);
+    let error = World::join(&address, Some(listener), &job(3), 0, None, brief, brief).err().expect("rank 1 and 2 are not there");
+    assert!(format!("{error:#}").contains("still missing: rank 1, 2"), "{error:#}");
+}
+
 #[test]
 fn a_rank_that_panics_stops_the_others() {
     let worlds = worlds(3, PATIENT);
