@@ -2,6 +2,10 @@
 
 #[path = "collectives/faults.rs"]
 mod faults;
+#[path = "collectives/rendezvous.rs"]
+mod rendezvous;
+#[path = "collectives/tcp.rs"]
+mod tcp;
 
 use anyhow::Result;
 use ferrotron::comm::metered::{Count, Meter, Metered};
@@ -242,7 +246,7 @@ fn a_rank_that_never_calls_is_named() {
         group.all_reduce(ones(4), Reduction::Sum)?.wait().map(drop)
     });
     let expected = "rank 0 (0 of 3 in group \"all\") in call 0, all_reduce (sum) of f32 [4]: gave up after 0.1 s, \
-                    still missing: rank 1 (1 of group \"all\")";
+                    still missing: rank 1 (1 of group \"all\"); rank 1 waits for nobody";
     assert!(messages[0] == expected || messages[0].contains("the group has failed: rank 2"), "{}", messages[0]);
     assert!(messages[2].contains("still missing: rank 1"), "{}", messages[2]);
 }

@@ -8,12 +8,16 @@
 
 pub mod call;
 pub mod connect;
-pub mod dry;
+pub mod door;
 pub mod faulty;
+pub mod frame;
 pub mod groups;
+pub mod mesh;
 pub mod metered;
+pub mod rehearsal;
 pub mod rendezvous;
 pub mod solo;
+pub mod store;
 pub mod tcp;
 pub mod threads;
 pub mod tree;

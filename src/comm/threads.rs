@@ -64,6 +64,15 @@ struct State {
     gone: Vec<Option<&'static str>>,
     /// The first failure: nobody waits for others after it.
     failure: Option<String>,
+    /// Whom each member stands still for, and in which call.
+    waits: Vec<Option<Wait>>,
+}
+
+#[derive(Clone)]
+struct Wait {
+    missing: Vec<usize>,
+    number: u64,
+    call: Call,
 }
 
 /// One collective, from its first arrival until every rank has its result.
@@ -106,8 +115,14 @@ struct Member {
 
 impl Room {
     fn new(size: usize, deadline: Duration) -> Room {
-        let state =
-            State { slots: HashMap::new(), links: HashMap::new(), present: vec![false; size], gone: vec![None; size], failure: None };
+        let state = State {
+            slots: HashMap::new(),
+            links: HashMap::new(),
+            present: vec![false; size],
+            gone: vec![None; size],
+            failure: None,
+            waits: vec![None; size],
+        };
         Room { deadline, memory: Arc::new(Memory::new(true)), state: Mutex::new(state), changed: Condvar::new() }
     }
 
@@ -123,19 +138,47 @@ impl Room {
         anyhow!(sentence)
     }
 
-    /// Sleeps until something changes. False when the deadline is over.
-    fn sleep<'a>(&self, state: MutexGuard<'a, State>, until: Instant) -> (MutexGuard<'a, State>, bool) {
+    /// Sleeps until something changes, or fails when the deadline is over.
+    fn sleep<'a>(&self, mut state: MutexGuard<'a, State>, seat: &Seat, wait: Wait, until: Instant) -> Result<MutexGuard<'a, State>> {
         let left = until.saturating_duration_since(Instant::now());
         if left.is_zero() {
-            return (state, false);
+            let rest =
+                format!("gave up after {:.1} s, still missing: {}", self.deadline.as_secs_f64(), state.describe(seat, &wait.missing));
+            let sentence = sentence(seat, wait.number, wait.call, &rest);
+            return Err(self.fail(state, sentence));
         }
-        (self.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0, true)
+        state.waits[seat.rank] = Some(wait);
+        let mut state = self.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
+        state.waits[seat.rank] = None;
+        Ok(state)
     }
 
     fn scratch(&self, source: &[u8]) -> Arc<Buffer> {
         let mut buffer = Memory::allocate(&self.memory, source.len());
         buffer.bytes_mut().copy_from_slice(source);
         Arc::new(buffer)
+    }
+}
+
+impl State {
+    /// The ranks that are missing, and what holds them up: whoever is in no call holds up the others.
+    fn describe(&self, seat: &Seat, missing: &[usize]) -> String {
+        let mut words = if missing.is_empty() { "a result".to_string() } else { seat.list(missing.iter().copied()) };
+        let mut reached = missing.to_vec();
+        let mut next = 0;
+        while let Some(&rank) = reached.get(next) {
+            next += 1;
+            let world = seat.members[rank];
+            match &self.waits[rank] {
+                Some(Wait { missing, number, call }) => {
+                    words += &format!("; rank {world} waits for {} in call {number}, {call}", seat.list(missing.iter().copied()));
+                    let new: Vec<usize> = missing.iter().copied().filter(|other| *other != seat.rank && !reached.contains(other)).collect();
+                    reached.extend(new);
+                }
+                None => words += &format!("; rank {world} waits for nobody"),
+            }
+        }
+        words
     }
 }
 
@@ -227,14 +270,7 @@ fn collect(room: &Room, seat: &Seat, number: u64, call: Call) -> Result<(Option<
             let sentence = sentence(seat, number, call, &format!("{} {why}", seat.member(rank)));
             return Err(room.fail(state, sentence));
         }
-        let (guard, in_time) = room.sleep(state, until);
-        state = guard;
-        if !in_time {
-            let who = if missing.is_empty() { "a result".to_string() } else { seat.list(missing) };
-            let rest = format!("gave up after {:.1} s, still missing: {who}", room.deadline.as_secs_f64());
-            let sentence = sentence(seat, number, call, &rest);
-            return Err(room.fail(state, sentence));
-        }
+        state = room.sleep(state, seat, Wait { missing, number, call }, until)?;
     }
 }
 
@@ -344,13 +380,8 @@ fn meet(room: &Room, seat: &Seat, call: Call, key: (usize, usize), number: u64, 
             let sentence = sentence(seat, number, call, &format!("{} {why}", seat.member(peer)));
             return Err(room.fail(state, sentence));
         }
-        let (guard, in_time) = room.sleep(state, until);
-        state = guard;
-        if !in_time {
-            let rest = format!("gave up after {:.1} s, still missing: {}", room.deadline.as_secs_f64(), seat.member(peer));
-            let sentence = sentence(seat, number, call, &rest);
-            return Err(room.fail(state, sentence));
-        }
+        let missing = if met { Vec::new() } else { vec![peer] };
+        state = room.sleep(state, seat, Wait { missing, number, call }, until)?;
     }
 }
 

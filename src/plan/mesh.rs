@@ -67,9 +67,23 @@ impl Mesh {
     pub fn pp_group(&self, at: Coordinates) -> Vec<usize> {
         (0..self.pp).map(|pp| self.rank(Coordinates { pp, ..at })).collect()
     }
+
+    /// The first and the last rank of a pipeline, where there are two; any other rank is alone.
+    pub fn tie_group(&self, at: Coordinates) -> Vec<usize> {
+        let ends = [0, self.pp - 1];
+        if self.pp > 1 && ends.contains(&at.pp) {
+            return ends.map(|pp| self.rank(Coordinates { pp, ..at })).to_vec();
+        }
+        vec![self.rank(at)]
+    }
 }
 
 impl Coordinates {
+    /// The stage that names this rank's tie group: the first for both ends.
+    pub fn end(&self, mesh: &Mesh) -> usize {
+        if self.pp == mesh.pp - 1 { 0 } else { self.pp }
+    }
+
     /// The data-parallel rank: shards run fastest.
     pub fn dp(&self, mesh: &Mesh) -> usize {
         self.replicate * mesh.shard + self.shard

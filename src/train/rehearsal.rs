@@ -3,7 +3,8 @@
 //! It is the code that trains which is rehearsed, so the prediction cannot drift away from it. A test holds the predicted peak to
 //! the one that the allocator measures.
 
-use crate::comm::dry::Dry;
+use crate::comm::connect::Transport;
+use crate::comm::groups::Groups;
 use crate::config::Config;
 use crate::data::loader::Batch;
 use crate::device::Device;
@@ -28,7 +29,7 @@ pub struct Footprint {
 /// Rehearses one step of rank `index`.
 pub fn rehearse(config: &Config, plan: &Plan, index: usize) -> Result<Footprint> {
     let device = Device::dry();
-    let mut trainer = Trainer::new(config, plan.clone(), index, &device, Dry::groups(&plan.mesh, index))?;
+    let mut trainer = Trainer::new(config, plan.clone(), index, &device, Groups::connect(&Transport::Rehearsal, &plan.mesh, index)?)?;
     let held = trainer.stage.zero.held();
     let fixed = device.memory().bytes_live();
     let batch = blank(trainer.rank.rows.len(), plan.t);

@@ -40,22 +40,23 @@ fn program(group: &dyn Group, seed: u64) -> Result<()> {
     Ok(())
 }
 
-fn run(seed: u64) {
-    let size = 2 + seed as usize % 4;
-    let (bad, at, fault) = Fault::draw(seed, size, CALLS, DEADLINE);
-    let groups = threads(size, DEADLINE)
+/// Runs the program of `seed` on `groups`, of which one rank has the fault of `seed`.
+pub fn run(seed: u64, deadline: Duration, groups: Vec<Arc<dyn Group>>) {
+    let size = groups.len();
+    let (bad, at, fault) = Fault::draw(seed, size, CALLS, deadline);
+    let groups = groups
         .into_iter()
         .enumerate()
         .map(|(rank, group)| if rank == bad { Arc::new(Faulty::new(group, fault, at)) as Arc<dyn Group> } else { group });
     let start = Instant::now();
     let results = each(groups.collect(), |group| program(&*group, seed));
     let took = start.elapsed();
-    assert!(took < DEADLINE * 6, "seed {seed}, {fault:?}: the ranks took {took:?}");
+    assert!(took < deadline * 6, "seed {seed}, {fault:?}: the ranks took {took:?}");
     for (rank, result) in results.into_iter().enumerate() {
         let message = result.err().map(|error| format!("{error:#}"));
         match fault {
             Fault::FlippedBits => assert_eq!(message, None, "seed {seed}, rank {rank}"),
-            Fault::Delay(time) if time < DEADLINE => assert_eq!(message, None, "seed {seed}, rank {rank}"),
+            Fault::Delay(time) if time < deadline => assert_eq!(message, None, "seed {seed}, rank {rank}"),
             // Bytes of an exchange have no shape, and an exchange may be what was asked for.
             Fault::WrongShape | Fault::WrongCall if message.is_none() => {}
             _ => {
@@ -74,7 +75,7 @@ fn a_thousand_faults_make_nobody_hang() {
         for _ in 0..16 {
             scope.spawn(|| {
                 while let seed @ 0..1000 = next.fetch_add(1, Ordering::Relaxed) {
-                    run(seed);
+                    run(seed, DEADLINE, threads(2 + seed as usize % 4, DEADLINE));
                 }
             });
         }
