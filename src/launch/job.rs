@@ -42,7 +42,7 @@ pub struct Ways {
 
 impl Job {
     pub fn new(options: LaunchOptions) -> Result<Job> {
-        let ranks_per_node = options.nproc_per_node.count()?;
+        let ranks_per_node = options.nproc_per_node.count(options.visible_gpus.as_deref())?;
         let nodes = options.nnodes.0;
         let node = if options.standalone { 0 } else { options.node_rank };
         ensure!(!(options.standalone && nodes > 1), "--standalone is for one node, but --nnodes is {nodes}: leave one of them out");

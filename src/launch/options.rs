@@ -78,6 +78,10 @@ pub struct LaunchOptions {
     )]
     pub signals_to_handle: Vec<i32>,
 
+    /// The GPUs that the ranks may use, as CUDA reads it: what `gpu` and `auto` count.
+    #[arg(long, env = "CUDA_VISIBLE_DEVICES", hide = true)]
+    pub visible_gpus: Option<String>,
+
     /// The secret that the ranks of a job share. A launcher of several nodes needs one from outside, the same on all.
     #[arg(long, env = "FERROTRON_JOB_TOKEN", hide = true, hide_env_values = true)]
     pub job_token: Option<String>,
@@ -92,15 +96,18 @@ pub enum RanksPerNode {
 }
 
 impl RanksPerNode {
-    pub fn count(self) -> Result<usize> {
+    /// `visible_gpus`: the value of `CUDA_VISIBLE_DEVICES`.
+    pub fn count(self, visible_gpus: Option<&str>) -> Result<usize> {
         match self {
             RanksPerNode::Count(count) => Ok(count),
             RanksPerNode::Cores => cores(),
-            RanksPerNode::Gpus => match gpus() {
-                0 => bail!("--nproc-per-node gpu: this node has no /dev/nvidia0; `cpu` or a number starts ranks on its cores"),
+            RanksPerNode::Gpus => match gpus(visible_gpus) {
+                0 => bail!(
+                    "--nproc-per-node gpu: no GPU to be seen (/dev/nvidia0, CUDA_VISIBLE_DEVICES); `cpu` or a number starts ranks on cores"
+                ),
                 count => Ok(count),
             },
-            RanksPerNode::Auto => match gpus() {
+            RanksPerNode::Auto => match gpus(visible_gpus) {
                 0 => cores(),
                 count => Ok(count),
             },
@@ -129,11 +136,20 @@ fn cores() -> Result<usize> {
     Ok(thread::available_parallelism().context("counting the cores of this node")?.get())
 }
 
-/// GPUs that this node shows as devices. A container is given those it may use.
-fn gpus() -> usize {
+/// GPUs that this node shows as devices (a container is given those it may use), or those that were picked of them.
+fn gpus(visible: Option<&str>) -> usize {
     let Ok(devices) = fs::read_dir("/dev") else { return 0 };
     let is_gpu = |name: &str| name.strip_prefix("nvidia").is_some_and(|number| number.parse::<u32>().is_ok());
-    devices.filter_map(Result::ok).filter(|device| is_gpu(&device.file_name().to_string_lossy())).count()
+    let present = devices.filter_map(Result::ok).filter(|device| is_gpu(&device.file_name().to_string_lossy())).count();
+    match visible {
+        Some(picked) if present > 0 => picked_gpus(picked),
+        _ => present,
+    }
+}
+
+/// CUDA takes the names in front of the first that is none: `-1` and nothing at all hide every GPU.
+fn picked_gpus(picked: &str) -> usize {
+    picked.split(',').map(str::trim).take_while(|name| !name.is_empty() && !name.starts_with('-')).count()
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -230,6 +246,7 @@ mod tests {
         assert_eq!("4".parse::<Nodes>().ok(), Some(Nodes(4)));
         assert_eq!("4:4".parse::<Nodes>().ok(), Some(Nodes(4)));
         assert!("1:4".parse::<Nodes>().is_err() && "0".parse::<Nodes>().is_err());
+        assert_eq!(["0,3", "GPU-8932f937,MIG-GPU-1/2", "", "-1", "0,-1,1"].map(picked_gpus), [2, 2, 0, 0, 1]);
         assert!(seconds("-1").is_err() && seconds("inf").is_err() && seconds("soon").is_err());
     }
 }

@@ -166,7 +166,13 @@ fn name_ranks(mut ranks: Vec<usize>) -> String {
 /// What a rank wrote into its `TORCHELASTIC_ERROR_FILE`: why it failed, and when in seconds since 1970 if it says so.
 pub fn read_error_file(path: &Path) -> Option<(String, Option<u64>)> {
     // A rank that was killed leaves no file, and half a file says nothing that could be trusted.
-    let file: Value = serde_json::from_slice(&fs::read(path).ok()?).ok()?;
+    parse_error(&fs::read(path).ok()?)
+}
+
+/// torch writes the first form, and reads both: `{"message": {"message": .., "extraInfo": {"timestamp": ".."}}}` and
+/// `{"message": .., "timestamp": ..}`.
+fn parse_error(file: &[u8]) -> Option<(String, Option<u64>)> {
+    let file: Value = serde_json::from_slice(file).ok()?;
     let message = &file["message"];
     let text = message.as_str().or_else(|| message["message"].as_str())?;
     let time = [&message["extraInfo"]["timestamp"], &file["timestamp"]].into_iter().find(|time| !time.is_null());
@@ -235,6 +241,15 @@ mod tests {
         assert!(report(&mixed, judge(&mixed, None)).is_some_and(|text| text.contains("do not agree")));
         let agreed = [ending(0, How::Code(98), None), ending(1, How::Code(98), None)];
         assert_eq!(report(&agreed, judge(&agreed, None)), None);
+    }
+
+    #[test]
+    fn error_files_have_two_forms() {
+        let long = br#"{"message": {"message": "bad loss", "extraInfo": {"py_callstack": "", "timestamp": "1795158345"}}}"#;
+        assert_eq!(parse_error(long), Some(("bad loss".to_owned(), Some(1795158345))));
+        assert_eq!(parse_error(br#"{"message": "bad", "timestamp": 12.7}"#), Some(("bad".to_owned(), Some(12))));
+        assert_eq!(parse_error(br#"{"message": "bad"}"#), Some(("bad".to_owned(), None)));
+        assert_eq!(parse_error(br#"{"message": {"mess"#), None);
     }
 
     #[test]
