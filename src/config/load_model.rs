@@ -95,6 +95,7 @@ fn base(r: &mut Reader, init: Option<&Path>) -> Option<Model> {
         Err(error) => {
             let path = r.path_of(key);
             r.problem(key, format!("`{path}` cannot be used: {error:#}"), "it is a Hugging Face model of the family llama or gpt2");
+            r.excuse_missing();
             None
         }
     }

@@ -95,6 +95,8 @@ impl Findings {
 pub struct Reader<'a> {
     path: String,
     table: Table,
+    /// Whether a required key may be missing, because where it would have come from could not be read.
+    excused: bool,
     findings: &'a mut Findings,
 }
 
@@ -110,20 +112,20 @@ impl<'a> Reader<'a> {
                 Table::new()
             }
         };
-        Reader { path: path.to_string(), table, findings }
+        Reader { path: path.to_string(), table, excused: false, findings }
     }
 
     /// The table at `key` as a section of its own, if it is there.
     pub fn subsection(&mut self, key: &'static str) -> Option<Reader<'_>> {
         match self.take(key)? {
-            Value::Table(table) => Some(Reader { path: self.path_of(key), table, findings: &mut *self.findings }),
+            Value::Table(table) => Some(Reader { path: self.path_of(key), table, excused: false, findings: &mut *self.findings }),
             other => self.wrong(key, "a table { ... }", &other),
         }
     }
 
     /// Item `index` of the list at `key` as a section of its own.
     pub fn item(&mut self, key: &str, index: usize, table: Table) -> Reader<'_> {
-        Reader { path: format!("{}.{key}.{index}", self.path), table, findings: &mut *self.findings }
+        Reader { path: format!("{}.{key}.{index}", self.path), table, excused: false, findings: &mut *self.findings }
     }
 
     /// Whether nothing is wrong so far with `key`.
@@ -144,9 +146,14 @@ impl<'a> Reader<'a> {
         self.findings.problems.push(Problem::new(&path, message).help(help));
     }
 
+    /// From now on a missing key is no problem of its own.
+    pub fn excuse_missing(&mut self) {
+        self.excused = true;
+    }
+
     /// The value of a required key; without one there is a problem, unless the key was there and wrong.
     pub fn required<T>(&mut self, key: &'static str, value: Option<T>, example: &str) -> Option<T> {
-        if value.is_none() && !self.table.contains_key(key) {
+        if value.is_none() && !self.excused && !self.table.contains_key(key) {
             let path = self.path_of(key);
             self.problem(key, format!("`{path}` is missing"), format!("add it to [{}], for instance {key} = {example}", self.path));
         }

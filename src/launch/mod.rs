@@ -1,6 +1,7 @@
 //! Who this process is among the ranks, and how it is asked to stop; and the launcher, which starts the ranks of a node.
 
 pub mod crew;
+pub mod doctor;
 pub mod identity;
 pub mod job;
 pub mod options;
