@@ -125,9 +125,11 @@ fn large_tensors_are_cut_and_turned_in_chunks() {
     let parts = [part([0, 0], [1100, 8000], false), part([500, 8990], [600, 10], true), part([7, 100], [1000, 7000], true)];
     for pieces in parts.into_iter().chain([whole(false)]) {
         let elements = pieces[0].flat.end;
-        let mut out = encode(&vec![-999.0; elements], Dtype::Bf16);
-        checkpoint.read(Kind::Master, &pieces, Dtype::Bf16, &mut out).expect("a sound checkpoint");
-        assert!(out == flat(Kind::Master, 1, Dtype::Bf16, &pieces, elements), "{pieces:?}");
+        for dtype in [Dtype::F32, Dtype::Bf16] {
+            let mut out = encode(&vec![-999.0; elements], dtype);
+            checkpoint.read(Kind::Master, &pieces, dtype, &mut out).expect("a sound checkpoint");
+            assert!(out == flat(Kind::Master, 1, dtype, &pieces, elements), "{dtype} {pieces:?}");
+        }
     }
 }
 

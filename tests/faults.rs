@@ -367,7 +367,7 @@ fn files_that_are_missing_too_many_swapped_or_links_are_refused() {
     fs::remove_file(checkpoint.join("more.safetensors")).expect("a file");
     // A sound checkpoint under the name of another step.
     fs::rename(&checkpoint, template.0.join("step-00000099")).expect("a rename");
-    let error = format!("{:#}", newest_verified(&template.0).err().expect("the only one is not what it says"));
+    let error = format!("{:#}", newest_verified(&template.0).expect_err("the only one is not what it says"));
     assert!(error.contains("holds the checkpoint of step 10") && error.contains("not one is sound"), "{error}");
     assert!(newest_verified(&template.0.join("nowhere")).expect("no folder is no error").is_none());
 }

@@ -157,6 +157,12 @@ pub fn read(stored: &Stored<'_>, piece: &Piece, dtype: Dtype, out: &mut [u8]) ->
     };
     let element = stored.dtype.bytes();
     let stride = stored.area.width();
+    let run = if common.width() == stride && common.width() == wanted.width() { common.height() } else { 1 } * common.width();
+    let all = run as u128 == common.volume();
+    if stored.dtype == dtype && !piece.transposed && (all || run * element >= SEGMENT) {
+        read_directly(stored, &common, piece, &wanted, out)?;
+        return Ok(common.volume());
+    }
     // Whole rows when the wanted part of them is most of them, or too short to be worth a read of its own.
     let whole_rows = common.width() == stride || common.width() * element < SEGMENT;
     let span = if whole_rows { stored.area.columns.clone() } else { common.columns.clone() };
@@ -176,6 +182,20 @@ pub fn read(stored: &Stored<'_>, piece: &Piece, dtype: Dtype, out: &mut [u8]) ->
         }
     }
     Ok(common.volume())
+}
+
+/// Reads what needs neither turning nor converting to where it belongs: all of it at once where both sides hold whole rows.
+fn read_directly(stored: &Stored<'_>, common: &Area, piece: &Piece, wanted: &Area, out: &mut [u8]) -> Result<()> {
+    let element = stored.dtype.bytes();
+    let whole_rows = common.width() == stored.area.width() && common.width() == wanted.width();
+    let rows_at_once = if whole_rows { common.height() } else { 1 };
+    for row in common.rows.clone().step_by(rows_at_once) {
+        let from = (row - stored.area.rows.start) * stored.area.width() + (common.columns.start - stored.area.columns.start);
+        let to = piece.flat.start + (row - wanted.rows.start) * wanted.width() + (common.columns.start - wanted.columns.start);
+        let count = rows_at_once * common.width();
+        stored.reader.read_at(stored.begin + (from * element) as u64, &mut out[to * element..(to + count) * element])?;
+    }
+    Ok(())
 }
 
 /// Copies `part` of the row-major `block`, which is the area `read`, to its places in the buffer of the piece.
