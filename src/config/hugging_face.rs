@@ -123,7 +123,7 @@ fn llama(file: &mut File) -> Model {
     file.refuse_unless("sliding_window", |_| false, "attention over a window is not built");
     file.refuse_unless("quantization_config", |_| false, "quantised weights are not read");
     file.refuse_unless("partial_rotary_factor", |value| value.as_f64() == Some(1.0), "rotary positions turn the whole head");
-    file.refuse_unless("layer_types", |value| all_full(value), "every layer attends to everything before it");
+    file.refuse_unless("layer_types", all_full, "every layer attends to everything before it");
     let hidden_size = file.required("hidden_size");
     let num_heads = file.required("num_attention_heads");
     let (rope_theta, rope_scaling) = rope(file);

@@ -215,13 +215,18 @@ fn schedule(mut r: Reader, optimizer: &Optimizer, steps: Option<u64>) -> Schedul
         kind,
         warmup_steps,
         decay_steps,
-        min_lr: r.number("min_lr", |x| x >= 0.0, "of 0 or more").unwrap_or(optimizer.lr / 10.0),
+        min_lr: r.number("min_lr", |x| x >= 0.0, "of 0 or more").unwrap_or_else(|| tenth(optimizer.lr)),
         // Only `wsd` reads it; a run too short for a fifth still gets one step.
         wsd_decay_steps: r.whole("wsd_decay_steps", SOME).unwrap_or((end / 5).max(1)),
         wsd_shape: r.choice("wsd_shape").unwrap_or(WsdShape::Sqrt),
     };
     r.finish();
     schedule
+}
+
+/// A tenth as one writes it: a tenth of 3e-4 is 3e-5, which division misses by one bit.
+fn tenth(value: f64) -> f64 {
+    format!("{:.12e}", value / 10.0).parse().expect("a number that was just written")
 }
 
 fn checkpoint(mut r: Reader) -> Checkpoint {

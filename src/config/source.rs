@@ -111,11 +111,6 @@ impl Source {
             problems.push(Problem::new(&marker, format!("`{argument}` has no `=`")).help(example));
             return;
         };
-        let keys: Vec<&str> = path.trim().split('.').collect();
-        if keys.len() < 2 || keys.iter().any(|key| key.is_empty()) {
-            problems.push(Problem::new(&marker, format!("`{path}` is not the path of a key")).help(example));
-            return;
-        }
         let value = match value_of(value.trim()) {
             Ok(value) => value,
             Err(message) => {
@@ -123,6 +118,12 @@ impl Source {
                 return;
             }
         };
+        let keys: Vec<&str> = path.trim().split('.').collect();
+        let section = keys.len() == 1 && value.is_table();
+        if keys.iter().any(|key| key.is_empty()) || (keys.len() == 1 && !section) {
+            problems.push(Problem::new(&marker, format!("`{path}` is not the path of a key")).help(example));
+            return;
+        }
         let path = keys.join(".");
         let below = format!("{path}.");
         self.places.retain(|key, _| *key != path && !key.starts_with(&below));

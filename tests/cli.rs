@@ -1,0 +1,135 @@
+//! The program as a user runs it: exit codes, and what goes to which stream.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+/// Runs the program with nothing in its environment that names a rank.
+fn ferrotron(arguments: &[&str]) -> Output {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_ferrotron"));
+    command.args(arguments).env_clear().current_dir(env!("CARGO_MANIFEST_DIR"));
+    command.output().expect("the program starts")
+}
+
+fn code(output: &Output) -> i32 {
+    output.status.code().expect("no signal ended it")
+}
+
+fn out(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+fn err(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+fn folder(name: &str) -> PathBuf {
+    let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("cli").join(name);
+    if folder.exists() {
+        std::fs::remove_dir_all(&folder).expect("clearing the folder of a test");
+    }
+    std::fs::create_dir_all(&folder).expect("the folder of a test");
+    folder
+}
+
+/// A model that trains in a moment.
+fn tiny(folder: &Path) -> PathBuf {
+    let text = format!(
+        "[run]\ndir = {:?}\n[model]\nfamily = \"llama\"\nhidden_size = 16\nintermediate_size = 32\nnum_layers = 1\nnum_heads = 2\n\
+         [data]\nsources = [\"Cargo.toml\"]\n[train]\nsteps = 2\nseq_len = 16\nglobal_batch_size = 2\ndtype = \"f32\"\n",
+        folder.join("run").display().to_string()
+    );
+    let path = folder.join("tiny.toml");
+    std::fs::write(&path, text).expect("writing a configuration");
+    path
+}
+
+#[test]
+fn help_names_every_command() {
+    let help = ferrotron(&["--help"]);
+    assert_eq!(code(&help), 0);
+    for command in ["train", "plan", "prepare", "checkpoint", "doctor", "completions"] {
+        assert!(out(&help).contains(command), "{}", out(&help));
+    }
+    assert_eq!(code(&ferrotron(&["--version"])), 0);
+}
+
+#[test]
+fn wrong_arguments_are_2() {
+    for arguments in
+        [&[][..], &["trian"], &["train"], &["train", "a.toml", "--sett", "x"], &["plan", "a.toml", "--world", "0"], &["completions", "cmd"]]
+    {
+        let output = ferrotron(arguments);
+        assert_eq!(code(&output), 2, "{arguments:?}: {}", err(&output));
+    }
+    assert!(err(&ferrotron(&["trian"])).contains("train"));
+}
+
+#[test]
+fn a_wrong_configuration_is_2_and_writes_nothing() {
+    let folder = folder("wrong");
+    let path = tiny(&folder);
+    let path = path.to_str().expect("a path of ours");
+    let output = ferrotron(&["train", path, "--set", "train.stepps=3", "--set", "optimizer.lr=-1"]);
+    assert_eq!(code(&output), 2);
+    assert_eq!(err(&output).matches("error:").count(), 2, "{}", err(&output));
+    assert!(err(&output).contains("did you mean `steps`?") && !err(&output).contains('\u{1b}'), "{}", err(&output));
+    let output = ferrotron(&["train", path, "--set", "data.sources=[]"]);
+    assert_eq!((code(&output), err(&output).contains("nothing to train on")), (2, true), "{}", err(&output));
+    // Two ranks cannot be cut three ways: what planning finds is shown like what loading finds.
+    let output = ferrotron(&["plan", path, "--world", "2", "--set", "parallel.tp=3"]);
+    assert_eq!((code(&output), err(&output).contains("--set parallel.tp=3")), (2, true), "{}", err(&output));
+    assert!(!folder.join("run").exists());
+    assert_eq!(code(&ferrotron(&["train", "no/such.toml"])), 2);
+}
+
+#[test]
+fn plan_needs_nothing_but_the_configuration() {
+    let output = ferrotron(&["plan", "configs/quickstart.toml"]);
+    assert_eq!((code(&output), out(&output).contains("4197888")), (0, true), "{}{}", out(&output), err(&output));
+    let output = ferrotron(&["plan", "configs/quickstart.toml", "--json"]);
+    let json: serde_json::Value = serde_json::from_slice(&output.stdout).expect("JSON on stdout");
+    assert_eq!(json["parameters"], 4_197_888);
+}
+
+#[test]
+fn a_run_leaves_what_it_promises() {
+    let folder = folder("run");
+    let path = tiny(&folder);
+    let output = ferrotron(&["train", path.to_str().expect("a path of ours")]);
+    assert_eq!(code(&output), 0, "{}", err(&output));
+    assert!(err(&output).contains("step 2/2  loss "), "{}", err(&output));
+    let run = folder.join("run");
+    let metrics = std::fs::read_to_string(run.join("metrics.jsonl")).expect("metrics.jsonl");
+    assert_eq!(metrics.lines().count(), 2);
+    let written = run.join("config.toml");
+    assert_eq!(code(&ferrotron(&["plan", written.to_str().expect("a path of ours")])), 0, "config.toml is a configuration");
+    let step = run.join("checkpoints/step-00000002");
+    let step = step.to_str().expect("a path of ours");
+    assert!(out(&ferrotron(&["checkpoint", "verify", step])).contains("is sound"));
+    assert!(out(&ferrotron(&["checkpoint", "inspect", step])).contains("step         2"));
+    let (exported, imported) = (folder.join("hf"), folder.join("imported"));
+    let (exported, imported) = (exported.to_str().expect("a path of ours"), imported.to_str().expect("a path of ours"));
+    for arguments in
+        [&["export", step, exported][..], &["import", exported, imported], &["diff", exported, imported], &["diff", step, exported]]
+    {
+        let output = ferrotron(&[&["checkpoint"], arguments].concat());
+        assert_eq!(code(&output), 0, "{arguments:?}: {}{}", out(&output), err(&output));
+    }
+}
+
+#[test]
+fn a_failure_is_1_and_tells_its_causes() {
+    let output = ferrotron(&["checkpoint", "verify", "no/such/folder"]);
+    assert_eq!((code(&output), err(&output).starts_with("error: ")), (1, true), "{}", err(&output));
+    let output = ferrotron(&["checkpoint", "diff", "src", "tests"]);
+    assert_eq!((code(&output), err(&output).lines().skip(1).all(|line| line.starts_with("  because: "))), (1, true), "{}", err(&output));
+}
+
+#[test]
+fn doctor_and_completions_work_anywhere() {
+    let output = ferrotron(&["doctor"]);
+    assert_eq!((code(&output), out(&output).contains("rank 0 of 1 (alone)")), (0, true), "{}", out(&output));
+    for shell in ["bash", "zsh", "fish", "elvish", "powershell"] {
+        assert!(out(&ferrotron(&["completions", shell])).contains("ferrotron"), "{shell}");
+    }
+}
