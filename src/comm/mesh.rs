@@ -47,7 +47,19 @@ struct State {
     /// Peers that read from a connection of theirs: false once they have said goodbye.
     incoming: BTreeMap<usize, bool>,
     failure: Option<String>,
+    /// What the callers on this rank stand still for at the moment.
+    waits: BTreeMap<u64, Wait>,
+    waits_ever: u64,
 }
+
+/// A call in which this rank waits, and the messages that it needs.
+struct Wait {
+    call: String,
+    awaited: Awaited,
+}
+
+/// The messages that a call still needs. Some may have come in the meantime.
+pub type Awaited = Arc<Mutex<Vec<Address>>>;
 
 /// What a message is asked for by.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -109,6 +121,8 @@ impl Mesh {
                 hub.hear_failure(sentence);
             }
         });
+        let witness = Arc::downgrade(&hub);
+        store.on_survey(move || witness.upgrade().map_or_else(|| "has left".to_string(), |hub| hub.testify()));
         Ok(Mesh { hub, door: Some(door) })
     }
 }
@@ -221,7 +235,7 @@ impl Hub {
         };
         let mut stream = match connect() {
             Ok(stream) => stream,
-            Err(error) => return self.fail(&format!("rank {to} cannot be reached from rank {}: {error:#}", self.rank)),
+            Err(error) => return drop(self.fail(&format!("rank {to} cannot be reached from rank {}: {error:#}", self.rank))),
         };
         for Letter { header, payload, sent } in letters {
             let written = frame::write(&mut stream, &header, payload.as_ref().map_or(&[], Payload::bytes));
@@ -229,7 +243,7 @@ impl Hub {
             drop(payload);
             if let Err(error) = written {
                 let what = format!("call {}, {}", header.number, header.call);
-                return self.fail(&format!("rank {to} takes no more from rank {}, which sends {what}: {error:#}", self.rank));
+                return drop(self.fail(&format!("rank {to} takes no more from rank {}, which sends {what}: {error:#}", self.rank)));
             }
             if header.phase != Phase::Goodbye && sent.0.fetch_sub(1, Ordering::SeqCst) == 1 {
                 drop(self.lock());
@@ -239,18 +253,20 @@ impl Hub {
     }
 
     /// Ends the job. Rank 0 hears of it before this rank's own waits end: whoever acts on the failure acts later, so what its exit breaks
-    /// cannot be taken for the cause. Where another failure was first, that one is the cause here as well.
-    pub fn fail(&self, sentence: &str) {
+    /// cannot be taken for the cause. Gives the failure that was first, this one or another.
+    pub fn fail(&self, sentence: &str) -> String {
         if self.lock().failure.is_none() {
             self.store.fail(sentence);
         }
-        self.hear_failure(&self.store.failure().unwrap_or_else(|| sentence.to_string()));
+        let first = self.store.failure().unwrap_or_else(|| sentence.to_string());
+        self.hear_failure(&first)
     }
 
-    /// Ends every wait on this rank.
-    fn hear_failure(&self, sentence: &str) {
-        self.lock().failure.get_or_insert(sentence.to_string());
+    /// Ends every wait on this rank. Gives the failure that it knew first.
+    fn hear_failure(&self, sentence: &str) -> String {
+        let first = self.lock().failure.get_or_insert(sentence.to_string()).clone();
         self.changed.notify_all();
+        first
     }
 
     /// Waits until `ready` gives something, a failure is known, or `until` is over. `needed`: the peer whose leaving ends the wait.
@@ -297,12 +313,54 @@ impl Hub {
         self.changed.notify_all();
     }
 
-    /// Of these messages, the senders of those that have not come.
-    pub fn missing(&self, addresses: impl IntoIterator<Item = Address>) -> Vec<usize> {
+    /// Tells the others, while `body` waits, in which call it does and for which messages.
+    pub fn waiting<R>(&self, call: String, awaited: &Awaited, body: impl FnOnce() -> R) -> R {
+        let mut state = self.lock();
+        let number = state.waits_ever;
+        state.waits_ever += 1;
+        state.waits.insert(number, Wait { call, awaited: awaited.clone() });
+        drop(state);
+        let result = body();
+        self.lock().waits.remove(&number);
+        result
+    }
+
+    /// The ranks whose messages are awaited and have not come.
+    pub fn missing(&self, awaited: &Awaited) -> Vec<usize> {
+        self.lock().missing(awaited)
+    }
+
+    /// Whom this rank waits for, as it tells others.
+    fn testify(&self) -> String {
         let state = self.lock();
-        addresses.into_iter().filter(|address| !state.parcels.contains_key(address)).map(|address| address.from).collect()
+        let mut words = Vec::new();
+        for Wait { call, awaited } in state.waits.values() {
+            let missing: Vec<String> = state.missing(awaited).iter().map(usize::to_string).collect();
+            words.push(format!("waits for rank {} in {call}", missing.join(", ")));
+        }
+        if words.is_empty() { IDLE.to_string() } else { words.join(" and ") }
+    }
+
+    /// Asks all ranks whom they wait for. Whoever waits for nobody, or says nothing, holds up the others; they are given, or, where
+    /// there are none, what everybody says.
+    pub fn survey(&self) -> String {
+        let Ok(replies) = self.store.survey(Duration::from_secs(1)) else { return "; rank 0 does not answer".to_string() };
+        let others = (0..self.store.world()).filter(|rank| *rank != self.rank);
+        let said: Vec<(usize, &str)> = others.map(|rank| (rank, replies.get(&rank).map_or("does not answer", String::as_str))).collect();
+        let idle: Vec<_> = said.iter().copied().filter(|(rank, words)| *words == IDLE || !replies.contains_key(rank)).collect();
+        let told = if idle.is_empty() { &said } else { &idle };
+        told.iter().take(16).map(|(rank, words)| format!("; rank {rank} {words}")).collect()
     }
 }
+
+impl State {
+    fn missing(&self, awaited: &Awaited) -> Vec<usize> {
+        let awaited = awaited.lock().unwrap_or_else(PoisonError::into_inner);
+        awaited.iter().filter(|address| !self.parcels.contains_key(address)).map(|address| address.from).collect()
+    }
+}
+
+const IDLE: &str = "waits for nobody";
 
 /// Why a wait ended without what it waited for.
 #[derive(Clone, Debug)]

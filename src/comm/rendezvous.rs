@@ -33,6 +33,12 @@ pub enum Kind {
     Missing = 5,
     Fail = 6,
     Goodbye = 7,
+    /// Asks every other rank whom it waits for. Answered at once, with the number of the survey.
+    Survey = 8,
+    /// A rank's reply to a survey, whose number is the key.
+    Reply = 9,
+    /// The replies to the survey of this number, so far: the rank, a colon and its words, a line each.
+    Replies = 10,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -43,6 +49,8 @@ pub enum Status {
     Failure = 2,
     /// News: rank 0 is through and closes the store in peace.
     Closed = 3,
+    /// News: some rank asks whom this one waits for.
+    Survey = 4,
 }
 
 pub struct Rendezvous {
@@ -67,6 +75,8 @@ struct Tables {
     barriers: HashMap<String, BTreeMap<usize, u64>>,
     clients: BTreeMap<usize, Client>,
     departed: BTreeSet<usize>,
+    /// The replies to each survey. Surveys are rare: each one precedes the end of a job.
+    surveys: Vec<BTreeMap<usize, String>>,
     failure: Option<String>,
 }
 
@@ -223,6 +233,25 @@ impl Hall {
                 self.changed.notify_all();
             }
             kind if kind == Kind::Goodbye as u8 => return Ok(false),
+            kind if kind == Kind::Survey as u8 => {
+                let name = tables.surveys.len().to_string();
+                ensure!(tables.surveys.len() < 1 << 16, "more surveys than any job needs");
+                tables.surveys.push(BTreeMap::new());
+                tables.answer(rank, number, Status::Done, name.as_bytes());
+                for other in tables.clients.keys().filter(|other| **other != rank) {
+                    tables.answer(*other, 0, Status::Survey, name.as_bytes());
+                }
+            }
+            kind if kind == Kind::Reply as u8 => {
+                if let Some(survey) = key.parse().ok().and_then(|survey: usize| tables.surveys.get_mut(survey)) {
+                    survey.insert(rank, String::from_utf8_lossy(value).into_owned());
+                }
+            }
+            kind if kind == Kind::Replies as u8 => {
+                let survey = key.parse().ok().and_then(|survey: usize| tables.surveys.get(survey));
+                let lines: String = survey.into_iter().flatten().map(|(rank, words)| format!("{rank}:{words}\n")).collect();
+                tables.answer(rank, number, Status::Done, lines.as_bytes());
+            }
             other => anyhow::bail!("a request of unknown kind {other}"),
         }
         Ok(true)

@@ -15,8 +15,9 @@ use std::time::{Duration, Instant};
 
 pub struct Store {
     rank: usize,
+    world: usize,
     numbers: AtomicU64,
-    writing: Mutex<TcpStream>,
+    writing: Arc<Mutex<TcpStream>>,
     inbox: Arc<Inbox>,
     reader: Option<JoinHandle<()>>,
 }
@@ -29,6 +30,8 @@ struct Inbox {
 
 /// Called once, with the first failure.
 type Bell = Box<dyn FnOnce(&str) + Send>;
+/// Says whom this rank waits for.
+type Witness = Box<dyn Fn() -> String + Send>;
 
 #[derive(Default)]
 struct State {
@@ -39,6 +42,7 @@ struct State {
     /// No more answers will come.
     lost: bool,
     bells: Vec<Bell>,
+    witness: Option<Witness>,
 }
 
 /// None: asked, not answered.
@@ -54,12 +58,19 @@ impl Store {
             .with_context(|| format!("joining the rendezvous at {address}"))?;
         let inbox = Arc::new(Inbox::default());
         let (reading, inside) = (stream.try_clone()?, inbox.clone());
-        let reader = std::thread::Builder::new().name("rendezvous".to_string()).spawn(move || inside.hear(reading))?;
-        Ok(Store { rank, numbers: AtomicU64::new(1), writing: Mutex::new(stream), inbox, reader: Some(reader) })
+        let writing = Arc::new(Mutex::new(stream));
+        let replying = writing.clone();
+        let reader = std::thread::Builder::new().name("rendezvous".to_string()).spawn(move || inside.hear(reading, &replying))?;
+        Ok(Store { rank, world: job.world, numbers: AtomicU64::new(1), writing, inbox, reader: Some(reader) })
     }
 
     pub fn rank(&self) -> usize {
         self.rank
+    }
+
+    /// How many ranks the job has.
+    pub fn world(&self) -> usize {
+        self.world
     }
 
     /// The addresses of this rank and of rank 0 on the way between them.
@@ -119,6 +130,28 @@ impl Store {
         }
     }
 
+    /// `witness` answers for this rank when another one asks whom it waits for. It must not wait.
+    pub fn on_survey(&self, witness: impl Fn() -> String + Send + 'static) {
+        self.inbox.lock().witness = Some(Box::new(witness));
+    }
+
+    /// What each other rank says of itself. Those that say nothing within `deadline` have stopped, or cannot be reached. An error: rank 0
+    /// itself says nothing.
+    pub fn survey(&self, deadline: Duration) -> Result<HashMap<usize, String>> {
+        let until = Instant::now() + deadline;
+        let mut replies = HashMap::new();
+        let survey = self.ask(Kind::Survey, "", &[], deadline)?;
+        let survey = String::from_utf8_lossy(&survey).into_owned();
+        while replies.len() + 1 < self.world && Instant::now() < until {
+            std::thread::sleep(Duration::from_millis(10));
+            let lines = self.ask(Kind::Replies, &survey, &[], deadline)?;
+            let lines = String::from_utf8_lossy(&lines).into_owned();
+            let parse = |line: &str| line.split_once(':').and_then(|(rank, words)| Some((rank.parse().ok()?, words.to_string())));
+            replies = lines.lines().filter_map(parse).collect();
+        }
+        Ok(replies)
+    }
+
     /// Says goodbye: from now on the end of this rank's connection is no failure, and every call here is an error.
     pub fn leave(&self) {
         if std::mem::replace(&mut self.inbox.lock().closed, true) {
@@ -162,7 +195,7 @@ impl Inbox {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn hear(&self, mut stream: TcpStream) {
+    fn hear(&self, mut stream: TcpStream, replying: &Mutex<TcpStream>) {
         loop {
             let frame = read_frame(&mut stream).and_then(|frame| {
                 ensure!(frame.len() >= 9, "an answer of {} bytes, the shortest has 9", frame.len());
@@ -177,6 +210,13 @@ impl Inbox {
                         status if status == Status::Failure as u8 => Some(String::from_utf8_lossy(value).into_owned()),
                         status if status == Status::Closed as u8 => {
                             state.closed = true;
+                            None
+                        }
+                        status if status == Status::Survey as u8 => {
+                            let words = state.witness.as_ref().map_or_else(|| "has no groups yet".to_string(), |witness| witness());
+                            let reply = request(0, Kind::Reply, &String::from_utf8_lossy(value), words.as_bytes());
+                            let reply = reply.expect("the words of a witness are few");
+                            replying.lock().unwrap_or_else(PoisonError::into_inner).write_all(&reply).ok();
                             None
                         }
                         status => {

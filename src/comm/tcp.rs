@@ -8,7 +8,7 @@
 
 use crate::comm::call::{self, Call, Operation, Seat};
 use crate::comm::frame::{Header, Payload, Phase};
-use crate::comm::mesh::{Address, Ending, Hub, Mesh, Parcel, Sent};
+use crate::comm::mesh::{Address, Awaited, Ending, Hub, Mesh, Parcel, Sent};
 use crate::comm::{Group, Pending, Reduction, tree};
 use crate::device::memory::Memory;
 use crate::device::tensor::Tensor;
@@ -43,7 +43,7 @@ struct Work {
 #[derive(Default)]
 struct Done {
     outcome: Mutex<Option<Result<Tensor, Ending>>>,
-    awaited: Mutex<Vec<Address>>,
+    awaited: Awaited,
 }
 
 impl Tcp {
@@ -82,12 +82,9 @@ impl Tcp {
         let (hub, seat) = (self.mesh.hub.clone(), self.seat.clone());
         Ok(Pending::later(move || {
             let until = Instant::now() + hub.deadline;
-            let outcome = hub.wait_for(until, || done.outcome.lock().unwrap_or_else(PoisonError::into_inner).take());
-            let missing = || {
-                let awaited = done.awaited.lock().unwrap_or_else(PoisonError::into_inner).clone();
-                hub.missing(awaited)
-            };
-            outcome.and_then(|outcome| outcome).map_err(|ending| give_up(&hub, &seat, &header, ending, missing()))
+            let outcome = || hub.wait_for(until, || done.outcome.lock().unwrap_or_else(PoisonError::into_inner).take());
+            let outcome = hub.waiting(what(&header), &done.awaited, outcome);
+            outcome.and_then(|outcome| outcome).map_err(|ending| give_up(&hub, &seat, &header, ending, hub.missing(&done.awaited)))
         }))
     }
 }
@@ -99,7 +96,11 @@ fn others(seat: &Seat) -> impl Iterator<Item = usize> + use<> {
 }
 
 fn prefix(seat: &Seat, header: &Header) -> String {
-    format!("{seat} in call {}, {}", header.number, header.call)
+    format!("{seat} in {}", what(header))
+}
+
+fn what(header: &Header) -> String {
+    format!("call {}, {}", header.number, header.call)
 }
 
 /// The error of a wait that has ended badly. A deadline is a failure of the whole job, so everybody is told. `missing`: of the world.
@@ -110,9 +111,11 @@ fn give_up(hub: &Hub, seat: &Seat, header: &Header, ending: Ending, missing: Vec
         Ending::Deadline => {
             let members = missing.iter().filter_map(|rank| seat.members.iter().position(|member| member == rank));
             let who = if missing.is_empty() { "a message of its own to be written".to_string() } else { seat.list(members) };
-            let sentence = format!("{prefix}: gave up after {:.1} s, still missing: {who}", hub.deadline.as_secs_f64());
-            hub.fail(&sentence);
-            anyhow!(sentence)
+            let gave_up = format!("{prefix}: gave up after {:.1} s, still missing: {who}", hub.deadline.as_secs_f64());
+            let sentence = format!("{gave_up}{}", hub.survey());
+            let first = hub.fail(&sentence);
+            // What is learnt after a failure is of ranks that are on their way out.
+            if first == sentence { anyhow!(sentence) } else { anyhow!("{gave_up}; the first failure was: {first}") }
         }
     }
 }
@@ -237,7 +240,10 @@ impl Group for Tcp {
         let (hub, seat) = (self.mesh.hub.clone(), self.seat.clone());
         Ok(Pending::later(move || {
             let until = Instant::now() + hub.deadline;
-            let written = hub.all_sent(&sent, Some(until));
+            // Nothing is to come from there, but others may ask whom this rank waits for.
+            let peer = Address { group: header.group, phase: Phase::Goodbye, number: header.number, from: seat.members[to] };
+            let awaited = Arc::new(Mutex::new(vec![peer]));
+            let written = hub.waiting(what(&header), &awaited, || hub.all_sent(&sent, Some(until)));
             written.map_err(|ending| give_up(&hub, &seat, &header, ending, vec![seat.members[to]]))?;
             Ok(Arc::try_unwrap(x).expect("a tensor is let go before its last message counts as written"))
         }))
@@ -253,7 +259,9 @@ impl Group for Tcp {
         let address = Address { group: self.id, phase: Phase::Point, number: header.number, from: self.seat.members[from] };
         let (hub, seat) = (self.mesh.hub.clone(), self.seat.clone());
         Ok(Pending::later(move || {
-            let taken = hub.take(address, Some(Instant::now() + hub.deadline)).and_then(|parcel| {
+            let until = Instant::now() + hub.deadline;
+            let awaited = Arc::new(Mutex::new(vec![address]));
+            let taken = hub.waiting(what(&header), &awaited, || hub.take(address, Some(until))).and_then(|parcel| {
                 let same = parcel.header.call.tensor == call.tensor;
                 if same { Ok(parcel) } else { Err(mismatch(&hub, &seat, &header, from, parcel.header.call)) }
             });
@@ -274,17 +282,19 @@ impl Group for Tcp {
             posted.with_context(|| prefix(seat, &header))?;
         }
         let address = |from: usize| Address { group: self.id, phase: header.phase, number: header.number, from: seat.members[from] };
+        let awaited = Arc::new(Mutex::new(others(seat).map(address).collect::<Vec<_>>()));
         let mut all = vec![mine.to_vec(); seat.size()];
         for from in others(seat) {
-            let parcel = hub.take(address(from), Some(until)).and_then(|parcel| {
+            let parcel = hub.waiting(what(&header), &awaited, || hub.take(address(from), Some(until))).and_then(|parcel| {
                 let same = parcel.header.call == header.call;
                 if same { Ok(parcel) } else { Err(mismatch(hub, seat, &header, from, parcel.header.call)) }
             });
-            // Those before `from` have been taken already.
-            let awaited = || others(seat).skip_while(|other| *other != from).map(address);
-            let parcel = parcel.map_err(|ending| give_up(hub, seat, &header, ending, hub.missing(awaited())))?;
+            let parcel = parcel.map_err(|ending| give_up(hub, seat, &header, ending, hub.missing(&awaited)))?;
+            awaited.lock().unwrap_or_else(PoisonError::into_inner).retain(|other| *other != address(from));
             all[from] = parcel.buffer.bytes().to_vec();
         }
+        // Whoever comes back from here may leave: what others need of it must be on its way.
+        hub.all_sent(&sent, Some(until)).map_err(|ending| give_up(hub, seat, &header, ending, Vec::new()))?;
         Ok(all)
     }
 }

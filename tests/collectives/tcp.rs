@@ -10,8 +10,8 @@ use ferrotron::dtype::Dtype;
 use ferrotron::rng::Stream;
 use proptest::prelude::{ProptestConfig, any};
 use rustix::process::{Pid, Signal};
-use std::io::{BufRead, BufReader};
-use std::net::TcpListener;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{TcpListener, TcpStream};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -105,6 +105,7 @@ fn a_silent_rank_is_named_over_sockets() {
         });
         for message in &messages {
             assert!(message.contains("rank 1 ") && message.contains("in call"), "{message}");
+            assert!(message.contains("rank 1 waits for nobody") || message.contains("rank 1 was in call of sleep"), "{message}");
         }
         leave(worlds);
     }
@@ -177,6 +178,54 @@ fn a_rank_that_listens_everywhere_is_found() {
             });
         });
     });
+}
+
+/// A wire that flips one bit of what passes, some bytes after the handshake.
+fn bad_wire(to: String, after: usize) -> String {
+    let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
+    let address = listener.local_addr().expect("bound").to_string();
+    std::thread::spawn(move || {
+        let (mut caller, _) = listener.accept().expect("the caller comes");
+        let mut host = TcpStream::connect(to).expect("the host is there");
+        let (mut back, mut forth) = (host.try_clone().expect("a second handle"), caller.try_clone().expect("a second handle"));
+        std::thread::spawn(move || std::io::copy(&mut back, &mut forth));
+        let (mut passed, mut bytes) = (0, [0; 4096]);
+        while let Ok(count @ 1..) = caller.read(&mut bytes) {
+            if (passed..passed + count).contains(&(145 + after)) {
+                bytes[145 + after - passed] ^= 1 << (after % 8);
+            }
+            passed += count;
+            if host.write_all(&bytes[..count]).is_err() {
+                break;
+            }
+        }
+        // Ends the copying the other way as well.
+        host.shutdown(std::net::Shutdown::Both).ok();
+    });
+    address
+}
+
+#[test]
+fn a_flipped_bit_on_the_wire_is_noticed() {
+    let stream = Stream::new(1, "bad wires");
+    for round in 0..12 {
+        let worlds = worlds(2, PATIENT);
+        let key = "data address of rank 1";
+        let place = String::from_utf8(worlds[0].store.get(key, PATIENT).expect("published")).expect("text");
+        let wire = bad_wire(place, if round == 0 { 30 } else { stream.word(round) as usize % 200_000 });
+        worlds[0].store.set(key, wire.as_bytes(), PATIENT).expect("set");
+        let messages = errors(groups(&worlds, "dp"), PATIENT / 2, |group| {
+            for _ in 0..20 {
+                group.all_reduce(ones(10_000), Reduction::Sum)?.wait()?;
+            }
+            Ok(())
+        });
+        for message in &messages {
+            let named = message.contains("rank 0 has sent what cannot be, as rank 1 sees it") && message.contains("corrupt");
+            assert!(named && message.contains("in call"), "round {round}: {message}");
+        }
+        leave(worlds);
+    }
 }
 
 #[test]
@@ -291,7 +340,8 @@ fn lose_one(seed: u64, signal: Signal, deadline: Duration) {
     rustix::process::kill_process(Pid::from_child(&running[lost]), signal).expect("it runs");
     for (rank, output) in outputs.iter_mut().enumerate().filter(|(rank, _)| *rank != lost) {
         let message = hear(output, "ENDED");
-        let named = message.contains(&format!("rank {lost} ")) && message.contains("in call");
+        let stopped = signal != Signal::STOP || message.contains(&format!("rank {lost} does not answer"));
+        let named = message.contains(&format!("rank {lost} ")) && message.contains("in call") && stopped;
         assert!(named, "seed {seed}, {signal:?} to rank {lost}: rank {rank} says: {message}");
         assert_eq!(running[rank].wait().expect("ended").code(), Some(3));
     }
@@ -308,5 +358,5 @@ fn a_killed_process_stops_the_others() {
 
 #[test]
 fn a_stopped_process_stops_the_others() {
-    (0..2).for_each(|seed| lose_one(seed, Signal::STOP, Duration::from_secs(2)));
+    (0..3).for_each(|seed| lose_one(seed, Signal::STOP, Duration::from_secs(2)));
 }
