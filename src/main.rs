@@ -17,10 +17,14 @@ use ferrotron::data::tokenizer::Tokenizer;
 use ferrotron::dtype::Dtype;
 use ferrotron::launch::doctor;
 use ferrotron::launch::identity::{self, Identity};
+use ferrotron::launch::options::LaunchOptions;
+use ferrotron::launch::supervisor;
 use ferrotron::plan::Plan;
 use ferrotron::train::forecast;
+use ferrotron::train::generate::{Sampling, Speaker};
 use ferrotron::train::run::{self, Ending, Failure};
 use serde_json::{Value, json};
+use std::ffi::OsString;
 use std::io::{IsTerminal, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -41,6 +45,8 @@ struct Cli {
 enum Command {
     /// Train: one rank, or one rank of a launched job
     Train(Configured),
+    /// Start the ranks of a job on this node, and watch them
+    Launch(LaunchArguments),
     /// Tell what would happen: mesh, layout, schedule, memory, traffic; no device needed
     Plan(PlanArguments),
     /// Turn text into token shards, in constant memory
@@ -48,6 +54,8 @@ enum Command {
     /// Look at, check, compare checkpoints; to and from a Hugging Face folder
     #[command(subcommand)]
     Checkpoint(CheckpointCommand),
+    /// Sample text from a checkpoint or a Hugging Face folder
+    Generate(GenerateArguments),
     /// Tell what this machine has: processor, memory, driver, libraries, fabric, limits
     Doctor,
     /// Print completions for a shell
@@ -62,6 +70,35 @@ struct Configured {
     /// Set a key of the configuration, with a TOML value; may be repeated
     #[arg(long = "set", value_name = "section.key=value")]
     overrides: Vec<String>,
+}
+
+#[derive(Args)]
+struct LaunchArguments {
+    #[command(flatten)]
+    options: LaunchOptions,
+    /// The command of every rank, such as: train configs/quickstart.toml
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true, required = true)]
+    command: Vec<OsString>,
+}
+
+#[derive(Args)]
+struct GenerateArguments {
+    /// A checkpoint (step folder, or the run's folder for its newest) or a Hugging Face folder
+    #[arg(long, value_name = "DIR")]
+    from: PathBuf,
+    #[arg(long)]
+    prompt: String,
+    /// New tokens, at most
+    #[arg(long, default_value_t = 200)]
+    tokens: usize,
+    /// 0: always the likeliest token
+    #[arg(long, default_value_t = 0.8)]
+    temperature: f64,
+    /// Only the likeliest so many; 0: all
+    #[arg(long, default_value_t = 0)]
+    top_k: usize,
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
 }
 
 #[derive(Args)]
@@ -119,9 +156,11 @@ enum WeightFormat {
 fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Train(arguments) => train(&arguments),
+        Command::Launch(arguments) => launch(arguments),
         Command::Plan(arguments) => plan(&arguments),
         Command::Prepare(arguments) => prepare_text(&arguments),
         Command::Checkpoint(command) => checkpoint(&command),
+        Command::Generate(arguments) => generate(&arguments),
         Command::Doctor => print(&doctor::report(&identity::environment())),
         Command::Completions { shell } => {
             let mut script = Vec::new();
@@ -158,6 +197,24 @@ fn train(arguments: &Configured) -> Result<ExitCode> {
         Err(Failure::Error(error)) if identity.world > 1 => Err(error.context(identity.describe())),
         Err(Failure::Error(error)) => Err(error),
     }
+}
+
+fn launch(arguments: LaunchArguments) -> Result<ExitCode> {
+    let program = std::env::current_exe().context("finding this program's own file")?;
+    let code = supervisor::launch(arguments.options, &program, &arguments.command)?;
+    Ok(ExitCode::from(u8::try_from(code).unwrap_or(FAILED)))
+}
+
+fn generate(arguments: &GenerateArguments) -> Result<ExitCode> {
+    let &GenerateArguments { ref from, ref prompt, tokens: count, temperature, top_k, seed } = arguments;
+    let mut speaker = Speaker::open(from)?;
+    let mut out = std::io::stdout().lock();
+    let sampling = Sampling { temperature, top_k, seed };
+    let mut show = |bytes: &[u8]| out.write_all(bytes).and_then(|()| out.flush()).context("writing to standard output");
+    show(prompt.as_bytes())?;
+    speaker.speak(prompt.as_bytes(), count, sampling, &mut show)?;
+    show(b"\n")?;
+    Ok(ExitCode::SUCCESS)
 }
 
 fn plan(arguments: &PlanArguments) -> Result<ExitCode> {

@@ -93,6 +93,11 @@ impl Writer {
         Ok(Writer { options, shared, thread: Some(thread), saves: 0, _lock: lock })
     }
 
+    /// Which start of the run writes.
+    pub fn incarnation(&self) -> u64 {
+        self.options.incarnation
+    }
+
     /// Hands over what this rank has to write and returns; the writing goes on behind. If the last save is still under way, waits
     /// for it first, so that at most one copy of the state waits in memory.
     ///

@@ -48,6 +48,8 @@ pub struct Identity {
     pub restarts: u64,
     /// The name by which the launcher or the cluster knows the job.
     pub job: Option<String>,
+    /// The secret by which the launcher lets ranks know each other.
+    pub token: Option<String>,
     /// When the cluster will end the job, in seconds since 1970.
     pub ends_at: Option<u64>,
     /// Where the launcher wants to read why a rank failed.
@@ -146,6 +148,7 @@ impl Variables<'_> {
             master_port: self.number("MASTER_PORT")?.unwrap_or(DEFAULT_PORT),
             master_port_taken: self.get("TORCHELASTIC_USE_AGENT_STORE") == Some("True"),
             restarts: restarts("TORCHELASTIC_RESTART_COUNT")? + restarts("SLURM_RESTART_COUNT")?,
+            token: self.get("FERROTRON_JOB_TOKEN").map(str::to_string),
             job: self.get("TORCHELASTIC_RUN_ID").filter(|id| *id != "none").or_else(|| self.get("SLURM_JOB_ID")).map(str::to_string),
             ends_at: self.number("SLURM_JOB_END_TIME")?,
             error_file: self.get("TORCHELASTIC_ERROR_FILE").map(PathBuf::from),

@@ -2,10 +2,19 @@
 //!
 //! Plain: every new token runs the whole window through the model again. A window longer than the model was built for slides.
 
+use crate::checkpoint::load::{self, Checkpoint};
+use crate::comm::groups::Groups;
+use crate::config::{Config, Model};
 use crate::data::loader::Batch;
+use crate::data::tokenizer::Tokenizer;
+use crate::device::Device;
+use crate::dtype::Dtype;
+use crate::plan::Plan;
 use crate::rng::Stream;
+use crate::train::resume;
 use crate::train::step::Trainer;
-use anyhow::Result;
+use anyhow::{Context, Result, anyhow, bail};
+use std::path::Path;
 
 #[derive(Clone, Copy, Debug)]
 pub struct Sampling {
@@ -16,28 +25,84 @@ pub struct Sampling {
     pub seed: u64,
 }
 
-/// Continues `tokens` by up to `count` tokens, each of which is shown to `each`; ends early at `end`.
-pub fn generate(
-    trainer: &mut Trainer,
-    tokens: &mut Vec<u32>,
-    count: usize,
-    sampling: Sampling,
-    end: Option<u32>,
-    mut each: impl FnMut(u32),
-) -> Result<()> {
-    let stream = Stream::new(sampling.seed, "generate");
-    for index in 0..count {
-        let window = &tokens[tokens.len().saturating_sub(trainer.plan.t)..];
-        let logits = trainer.stage.logits(&one_row(window))?;
-        let vocabulary = logits.len() / window.len();
-        let token = sample(&logits[logits.len() - vocabulary..], sampling, stream.uniform(index as u64));
-        if Some(token) == end {
-            break;
+/// A model that can be asked for text.
+pub struct Speaker {
+    trainer: Trainer,
+    tokenizer: Tokenizer,
+    device: Device,
+}
+
+impl Speaker {
+    /// From a checkpoint, a run's folder (its newest sound checkpoint), or a Hugging Face folder.
+    pub fn open(from: &Path) -> Result<Speaker> {
+        if from.join("config.json").is_file() {
+            return Speaker::from_hugging_face(from);
         }
-        tokens.push(token);
-        each(token);
+        let checkpoint = if from.join("checkpoints").is_dir() {
+            let (checkpoint, _) = load::newest_verified(&from.join("checkpoints"))?
+                .with_context(|| format!("{}: the run has no checkpoint yet", from.display()))?;
+            checkpoint
+        } else {
+            Checkpoint::open(from).context("expected a checkpoint's folder, a run's folder, or one with a config.json")?
+        };
+        let config =
+            Config::parse("the checkpoint's configuration", &checkpoint.index.facts.config, &[]).map_err(|p| anyhow!(p.render(false)))?.0;
+        let mut speaker = Speaker::new(&config)?;
+        resume::load_weights(&mut speaker.trainer, &checkpoint)?;
+        Ok(speaker)
     }
-    Ok(())
+
+    fn from_hugging_face(folder: &Path) -> Result<Speaker> {
+        let file = folder.join("config.json");
+        let t = Model::from_hugging_face(&file)?.max_position_embeddings.min(2048);
+        let quote = |path: &Path| toml::Value::String(path.display().to_string());
+        let (model, init) = (quote(&file), quote(folder));
+        let text = format!(
+            "[train]\nsteps = 1\nseq_len = {t}\nglobal_batch_size = 1\ndtype = \"f32\"\n[model]\nconfig = {model}\ninit = {init}\n"
+        );
+        let config = Config::parse("the folder's configuration", &text, &[]).map_err(|p| anyhow!(p.render(false)))?.0;
+        let mut speaker = Speaker::new(&config)?;
+        resume::start(&mut speaker.trainer, &config)?;
+        Ok(speaker)
+    }
+
+    /// One rank, f32 weights, nothing of training but the forward pass.
+    fn new(config: &Config) -> Result<Speaker> {
+        let mut config = config.clone();
+        config.train.dtype = Dtype::F32;
+        (config.train.global_batch_size, config.train.micro_batch_size) = (1, 1);
+        let parallel = &mut config.parallel;
+        (parallel.tp, parallel.pp, parallel.dp_replicate, parallel.dp_shard, parallel.pp_chunks) = (1, 1, 1, -1, 1);
+        parallel.pp_schedule = "1f1b".to_string();
+        (config.geometry.shards, config.geometry.lanes) = (1, 1);
+        let plan = Plan::new(&config, 1, None).map_err(|problems| anyhow!("{problems:?}"))?;
+        let device = Device::cpu(std::thread::available_parallelism().map_or(1, usize::from));
+        let tokenizer = Tokenizer::from_name(&config.data.tokenizer)?;
+        Ok(Speaker { trainer: Trainer::new(&config, plan, 0, &device, Groups::solo())?, tokenizer, device })
+    }
+
+    /// Continues `prompt` by up to `count` tokens, whose bytes are given to `show` one after the other; ends early at an end of text.
+    pub fn speak(&mut self, prompt: &[u8], count: usize, sampling: Sampling, show: &mut dyn FnMut(&[u8]) -> Result<()>) -> Result<()> {
+        let mut tokens = Vec::new();
+        self.tokenizer.encode(prompt, &mut tokens);
+        if tokens.is_empty() {
+            bail!("--prompt is empty: give the model something to continue");
+        }
+        let stream = Stream::new(sampling.seed, "generate");
+        for index in 0..count {
+            let window = &tokens[tokens.len().saturating_sub(self.trainer.plan.t)..];
+            let logits = self.trainer.stage.logits(&one_row(window))?;
+            let vocabulary = logits.len() / window.len();
+            let token = sample(&logits[logits.len() - vocabulary..], sampling, stream.uniform(index as u64));
+            if Some(token) == self.tokenizer.end_of_text() {
+                break;
+            }
+            tokens.push(token);
+            show(&self.tokenizer.decode(&[token]))?;
+        }
+        self.device.memory().trim();
+        Ok(())
+    }
 }
 
 fn one_row(tokens: &[u32]) -> Batch {

@@ -1,5 +1,6 @@
 //! One training run.
 
+pub mod corpora;
 pub mod evaluate;
 pub mod forecast;
 pub mod generate;
@@ -10,3 +11,4 @@ pub mod report;
 pub mod resume;
 pub mod run;
 pub mod step;
+pub mod team;

@@ -8,9 +8,11 @@ use crate::checkpoint::load::{self, Checkpoint};
 use crate::config::{Config, Resume};
 use crate::dtype::Dtype;
 use crate::model::init;
+use crate::plan::layout::Piece;
 use crate::plan::{Geometry, Order};
 use crate::train::loss_scale::LossScaler;
 use crate::train::step::Trainer;
+use crate::train::team::Team;
 use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
@@ -28,8 +30,20 @@ pub fn checkpoints(config: &Config) -> PathBuf {
     config.run.dir.join("checkpoints")
 }
 
-/// The checkpoint that `checkpoint.resume` asks for, verified, and what is worth telling about the choice.
-pub fn find(config: &Config) -> Result<(Option<Checkpoint>, Vec<String>)> {
+/// The checkpoint that `checkpoint.resume` asks for, verified, and what is worth telling about it. Rank 0 chooses for all.
+pub fn find(config: &Config, team: &Team) -> Result<(Option<Checkpoint>, Vec<String>)> {
+    let (folder, mut notes) = team.decide(|| {
+        let (found, notes) = choose(config)?;
+        Ok((found.map(|checkpoint| checkpoint.folder().to_path_buf()), notes))
+    })?;
+    let Some(folder) = folder else { return Ok((None, notes)) };
+    let checkpoint = Checkpoint::open(&folder)?;
+    notes.extend(changes(&checkpoint, config)?);
+    notes.push(format!("going on after step {} from {}", checkpoint.index.facts.step, folder.display()));
+    Ok((Some(checkpoint), notes))
+}
+
+fn choose(config: &Config) -> Result<(Option<Checkpoint>, Vec<String>)> {
     let folder = checkpoints(config);
     let found = match &config.checkpoint.resume {
         Resume::None => return Ok((None, Vec::new())),
@@ -79,6 +93,14 @@ pub fn load(trainer: &mut Trainer, checkpoint: &Checkpoint) -> Result<u64> {
     Ok(facts.step)
 }
 
+/// Fills the weights alone, from the f32 ones where there are some.
+pub fn load_weights(trainer: &mut Trainer, checkpoint: &Checkpoint) -> Result<()> {
+    let kind = if checkpoint.has(Kind::Master) { Kind::Master } else { Kind::Weights };
+    let read = |pieces: &[Piece], out: &mut [f32]| checkpoint.read(kind, pieces, Dtype::F32, bytemuck::cast_slice_mut(out));
+    let loaded = trainer.stage.zero.load_weights(&mut |_, pieces, out| read(pieces, out));
+    loaded.with_context(|| format!("loading {}", checkpoint.folder().display()))
+}
+
 /// Weights of step 0: given ones, or those that follow from the seed.
 pub fn start(trainer: &mut Trainer, config: &Config) -> Result<()> {
     if let Some(folder) = &config.model.init {
@@ -94,6 +116,8 @@ pub fn start(trainer: &mut Trainer, config: &Config) -> Result<()> {
 
 fn start_from(trainer: &mut Trainer, folder: &Path) -> Result<()> {
     let source = HuggingFace::open(folder)?;
+    let entries = trainer.plan.units.iter().flat_map(|unit| &unit.entries);
+    source.check(&entries.map(|entry| (entry.name.clone(), entry.public_shape.clone())).collect())?;
     trainer.stage.zero.load_weights(&mut |_, pieces, out| source.read(pieces, Dtype::F32, bytemuck::cast_slice_mut(out)))
 }
 
@@ -116,7 +140,7 @@ pub fn facts(trainer: &Trainer, config: &Config, step: u64) -> Result<Facts> {
 }
 
 /// What changed between the configuration of a checkpoint and the one in force. An error where the model itself is another.
-pub fn changes(checkpoint: &Checkpoint, config: &Config) -> Result<Vec<String>> {
+fn changes(checkpoint: &Checkpoint, config: &Config) -> Result<Vec<String>> {
     let at = checkpoint.folder().display();
     let parse = |text: &str| text.parse::<toml::Table>().with_context(|| format!("{at}: its configuration"));
     let (before, now) = (parse(&checkpoint.index.facts.config)?, parse(&config.to_toml())?);
