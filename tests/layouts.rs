@@ -3,23 +3,23 @@
 #[path = "support/meshes.rs"]
 mod meshes;
 
-use ferrotron::comm::Group;
-use ferrotron::comm::dry::Dry;
+use ferrotron::comm::connect::Transport;
 use ferrotron::comm::groups::Groups;
-use ferrotron::comm::metered::{Meter, Metered};
+use ferrotron::comm::metered;
+use ferrotron::config::Config;
 use ferrotron::data::loader::Batch;
 use ferrotron::device::Device;
 use ferrotron::plan::catalog::Kind;
 use ferrotron::plan::layout::Piece;
 use ferrotron::plan::mesh::{Coordinates, Mesh};
-use ferrotron::plan::traffic::{self, Count, Traffic};
+use ferrotron::plan::traffic::{Count, Traffic};
 use ferrotron::plan::{Order, Plan, RankPlan, budget, catalog, check, stages};
+use ferrotron::train::forecast;
 use ferrotron::train::step::Trainer;
 use meshes::{config, plan, planned};
 use proptest::prelude::{ProptestConfig, any, prop_assert, prop_assert_eq, proptest};
 use std::collections::BTreeMap;
 use std::ops::Range;
-use std::sync::Arc;
 
 /// The boxes of weights that a rank answers for in a checkpoint, which are those that it updates.
 fn answered_for(plan: &Plan, rank: &RankPlan) -> Vec<Piece> {
@@ -147,52 +147,25 @@ proptest! {
     }
 }
 
-/// One rank's groups, with a meter on each.
-fn metered(plan: &Plan, rank: usize) -> (Groups, Vec<(Arc<Meter>, usize)>) {
-    let dry = Dry::groups(&plan.mesh, rank);
-    let mut meters = Vec::new();
-    let mut metered = |name: &str, group: Arc<dyn Group>| -> Arc<dyn Group> {
-        let meter = Meter::new(name);
-        meters.push((meter.clone(), group.size()));
-        Arc::new(Metered::new(group, meter))
-    };
-    let groups = Groups {
-        world: dry.world,
-        tp: metered("tp", dry.tp),
-        shard: metered("shard", dry.shard),
-        replica: metered("replica", dry.replica),
-        down: metered("down", dry.down),
-        up: metered("up", dry.up),
-        tie: metered("tie", dry.tie),
-    };
-    (groups, meters)
-}
-
 /// What a rehearsed step of a rank sends.
-fn rehearsed(config: &ferrotron::config::Config, plan: &Plan, rank: usize) -> BTreeMap<String, BTreeMap<&'static str, Count>> {
-    let (groups, meters) = metered(plan, rank);
+fn rehearsed(config: &Config, plan: &Plan, rank: usize) -> Traffic {
+    let groups = Groups::connect(&Transport::Rehearsal, &plan.mesh, rank).expect("groups of nobody else");
     let mut trainer = Trainer::new(config, plan.clone(), rank, &Device::dry(), groups).expect("a trainer");
     let zeros = vec![0; trainer.rank.rows.len() * plan.t];
-    let batch = Batch {
-        rows: trainer.rank.rows.clone(),
-        seq_len: plan.t,
-        inputs: zeros.clone(),
-        targets: zeros.clone(),
-        positions: zeros.clone(),
-        starts: zeros,
-    };
+    let [inputs, targets, positions, starts] = [(); 4].map(|()| zeros.clone());
+    let batch = Batch { rows: trainer.rank.rows.clone(), seq_len: plan.t, inputs, targets, positions, starts };
     trainer.step(0, &batch, false).expect("a rehearsed step");
-    let travels = meters.iter().filter(|(meter, size)| *size > 1 && !meter.traffic().is_empty());
-    travels
-        .map(|(meter, _)| {
-            let counts = meter.traffic().into_iter().map(|(name, count)| (name, Count { calls: count.calls, bytes: count.bytes }));
-            (meter.name.clone(), counts.collect())
-        })
-        .collect()
-}
-
-fn named(traffic: &Traffic) -> BTreeMap<String, BTreeMap<&'static str, Count>> {
-    traffic.iter().map(|(group, operations)| (group.to_string(), operations.clone())).collect()
+    let sizes: BTreeMap<&str, usize> = {
+        let Groups { world, tp, shard, replica, down, up, tie, .. } = &trainer.groups;
+        [("world", world), ("tp", tp), ("shard", shard), ("replica", replica), ("down", down), ("up", up), ("tie", tie)]
+            .map(|(name, group)| (name, group.size()))
+            .into()
+    };
+    let counts = |traffic: metered::Traffic| {
+        traffic.into_iter().map(|(name, count)| (name, Count { calls: count.calls, bytes: count.bytes })).collect::<BTreeMap<_, _>>()
+    };
+    let travels = trainer.groups.take_traffic().into_iter().filter(|(name, traffic)| sizes[name] > 1 && !traffic.is_empty());
+    travels.map(|(name, traffic)| (name, counts(traffic))).collect()
 }
 
 proptest! {
@@ -202,7 +175,7 @@ proptest! {
     fn what_is_predicted_is_sent((config, world) in planned(), which in any::<usize>()) {
         let plan = plan(&config, world);
         let rank = which % world;
-        prop_assert_eq!(named(&traffic::of_step(&plan, &plan.rank(rank))), rehearsed(&config, &plan, rank), "rank {} of\n{}", rank, config.to_toml());
+        prop_assert_eq!(forecast::traffic(&config, &plan, &plan.rank(rank)), rehearsed(&config, &plan, rank), "rank {} of\n{}", rank, config.to_toml());
     }
 }
 
