@@ -13,13 +13,14 @@ use ferrotron::plan::catalog::Kind;
 use ferrotron::plan::layout::Piece;
 use ferrotron::plan::mesh::{Coordinates, Mesh};
 use ferrotron::plan::traffic::{Count, Traffic};
-use ferrotron::plan::{Order, Plan, RankPlan, budget, catalog, check, stages};
+use ferrotron::plan::{Order, Plan, RankPlan, budget, catalog, stages};
 use ferrotron::train::forecast;
 use ferrotron::train::step::Trainer;
 use meshes::{config, plan, planned};
 use proptest::prelude::{ProptestConfig, any, prop_assert, prop_assert_eq, proptest};
 use std::collections::BTreeMap;
 use std::ops::Range;
+use std::path::Path;
 
 /// The boxes of weights that a rank answers for in a checkpoint, which are those that it updates.
 fn answered_for(plan: &Plan, rank: &RankPlan) -> Vec<Piece> {
@@ -179,7 +180,28 @@ proptest! {
     }
 }
 
+/// What becomes of a user's schedule for two pipeline ranks and two micro-batches.
+fn with_schedule_file(name: &str, text: &str) -> Result<Plan, String> {
+    let path = Path::new(env!("CARGO_TARGET_TMPDIR")).join(name);
+    std::fs::write(&path, text).expect("a writable folder");
+    let config = config(&format!(
+        "[model]\nfamily = \"llama\"\nhidden_size = 16\nintermediate_size = 16\nnum_heads = 2\nnum_layers = 4\n[train]\nsteps = 1\n\
+         seq_len = 8\nglobal_batch_size = 2\n[parallel]\npp = 2\npp_schedule = \"{}\"\n",
+        path.display()
+    ));
+    Plan::new(&config, 2, None).map_err(|problems| problems.iter().map(|problem| problem.message.clone()).collect::<Vec<_>>().join("\n"))
+}
+
 #[test]
-fn trees_are_what_the_checks_take_them_for() {
-    assert!(check::tree_allows(8, 2) && check::tree_allows(6, 3) && !check::tree_allows(6, 2) && check::tree_allows(6, 1));
+fn a_schedule_may_be_a_file() {
+    let plan = with_schedule_file("good.txt", "F0.0 F0.1 B0.0 B0.1\nF0.0 B0.0 F0.1 I0.1 W0.1\n").expect("it can run");
+    assert_eq!((plan.stages.len(), plan.schedule.micros), (2, 2));
+    let refused = |name, text| with_schedule_file(name, text).expect_err("it cannot run");
+    let many = refused("many.txt", "F0.0 B0.0 F0.1 B0.1 F0.2 B0.2\n");
+    assert!(many.contains("is written for 1 pipeline ranks, but `parallel.pp` = 2"), "{many}");
+    assert!(many.contains("is written for 3 micro-batches, but batch and data-parallel ranks ask for 2"), "{many}");
+    let stuck = refused("stuck.txt", "F0.0 B0.0 F0.1 B0.1\nF0.1 B0.1 F0.0 B0.0\n");
+    assert!(stuck.contains("cannot run: deadlock: rank 0 at action 2"), "{stuck}");
+    let typo = refused("typo.txt", "F0.0 B0\n");
+    assert!(typo.contains("line 1, word 2: `B0`: expected"), "{typo}");
 }

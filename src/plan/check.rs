@@ -154,8 +154,9 @@ pub fn stages(config: &Config, problems: &mut Vec<Problem>) {
         problems.push(Problem::new("parallel.pp", message).help(ways.join(", or ")));
     }
     // One rank and one micro-batch are enough to know whether the name and the chunks go together.
-    if parallel.pp_schedule_text.is_none()
-        && let Err(error) = schedule::by_name(&parallel.pp_schedule, 1, 1, chunks.min(layers + 1))
+    if stages <= layers
+        && parallel.pp_schedule_text.is_none()
+        && let Err(error) = schedule::by_name(&parallel.pp_schedule, 1, 1, chunks)
     {
         problems.push(Problem::new("parallel.pp_schedule", format!("{error:#}")));
     }
@@ -220,6 +221,18 @@ fn either_power(number: u64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::plan::Plan;
+
+    /// What is said of a small llama with these lines on top, on `world` ranks: each problem, then its help.
+    fn problems(parallel: &str, geometry: &str, world: usize) -> Vec<String> {
+        let text = format!(
+            "[model]\nfamily = \"llama\"\nhidden_size = 96\nintermediate_size = 100\nnum_layers = 6\nnum_heads = 12\nnum_kv_heads = 4\n\
+             [train]\nsteps = 1\nseq_len = 30\nglobal_batch_size = 20\nmicro_batch_size = 2\n[parallel]\n{parallel}\n[geometry]\n{geometry}\n"
+        );
+        let (config, _) = Config::parse("small.toml", &text, &[]).expect("each key is well-formed");
+        let told = |problem: Problem| problem.help.into_iter().fold(problem.message, |message, help| message + ": " + &help);
+        Plan::new(&config, world, None).err().into_iter().flatten().map(told).collect()
+    }
 
     /// What is added to what, written with brackets: adjacent pairs level by level, the odd one passes up.
     fn tree(mut row: Vec<String>) -> String {
@@ -248,5 +261,55 @@ mod tests {
         assert_eq!(tree_help("tp", "geometry.shards", 12, 2), "tp 1 or 3, or geometry.shards = 16");
         assert_eq!(tree_help("tp", "geometry.shards", 2, 4), "tp 2, or geometry.shards = 4");
         assert_eq!(either_power(3), "2 or 4");
+    }
+    #[test]
+    fn all_problems_are_told_at_once_with_what_would_work() {
+        assert_eq!(problems("", "", 1), Vec::<String>::new());
+        assert_eq!(
+            problems("tp = 8\npp = 8", "", 64),
+            [
+                "`model.num_heads` = 12 is not a multiple of `parallel.tp` = 8: tp 6 or 12",
+                "`model.intermediate_size` = 100 is not a multiple of `parallel.tp` = 8: tp 5 or 10",
+                "`train.seq_len` = 30 is not a multiple of `parallel.tp` = 8: seq_len 24 or 32, or tp 6 or 10",
+                "`model.num_kv_heads` = 4 is below `parallel.tp` = 8: a kv head lies on one rank and is not copied to others: tp 4",
+                "`parallel.pp` = 8 makes 8 stages, but the model has `model.num_layers` = 6 blocks to share: \
+                 pp 6 or less, or num_layers 8 or more",
+            ]
+        );
+        assert_eq!(
+            problems("dp_replicate = 2\ndp_shard = 3", "lanes = 12", 6),
+            [
+                "`parallel.dp_shard` = 3 cannot be one of `parallel.dp_replicate` = 2 parts of a sum: each must hold a power of two of them, \
+                 or all, to be a subtree of the balanced tree that adds them: dp_shard 2 or 4, or dp_replicate 1",
+                "`train.global_batch_size` = 20 cannot be shared evenly by `geometry.lanes` = 12: global_batch_size 24",
+            ]
+        );
+        assert_eq!(
+            problems("pp = 2\npp_chunks = 2", "", 4),
+            ["parallel.pp_schedule = \"1f1b\" runs 1 chunks on each rank, but parallel.pp_chunks = 2: set pp_chunks to 1, \
+              or choose interleaved or breadth_first"]
+        );
+        assert_eq!(
+            problems("tp = 2", "", 8),
+            ["`train.global_batch_size` = 20 over dp_replicate 1 × dp_shard 4 = 4 ranks is 5 sequences each, not a multiple of \
+              `train.micro_batch_size` = 2: micro_batch_size 1 or 5, or global_batch_size 16 or 24"]
+        );
+    }
+
+    #[test]
+    fn a_world_that_does_not_fit_is_told_with_one_that_would() {
+        assert_eq!(
+            problems("tp = 2\npp = 3", "", 8),
+            ["`parallel.tp` = 2 × `parallel.pp` = 3 × `parallel.dp_replicate` = 1 = 6 does not divide the world of 8 ranks: \
+              a world of 6 or 12 ranks, or lower one of the three"]
+        );
+        assert_eq!(
+            problems("tp = 2\ndp_shard = 2", "", 8),
+            ["`parallel.tp` = 2 × `parallel.pp` = 1 × `parallel.dp_replicate` = 1 × `parallel.dp_shard` = 2 makes 4 ranks, \
+              but the world has 8: a world of 4 ranks, or dp_shard 4"]
+        );
+        let huge = problems("tp = 1048576\npp = 1048576\ndp_replicate = 1048576\ndp_shard = 1048576", "", 1);
+        assert!(huge[0].contains("but the world has 1"), "{huge:?}");
+        assert!(!problems("", "", 1 << 60).is_empty() && !problems("", "", 0).is_empty());
     }
 }

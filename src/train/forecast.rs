@@ -151,9 +151,9 @@ fn write_facts(out: &mut String, config: &Config, plan: &Plan) -> fmt::Result {
     )?;
     writeln!(
         out,
-        "           {} FLOP a step, {} on each rank",
-        count(flops.per_token as f64 * tokens as f64),
-        count(flops.per_token as f64 * tokens as f64 / mesh.world() as f64)
+        "           {:.2e} FLOP a step, {:.2e} on each rank",
+        flops.per_token as f64 * tokens as f64,
+        flops.per_token as f64 * tokens as f64 / mesh.world() as f64
     )?;
     writeln!(
         out,
@@ -197,9 +197,14 @@ fn write_groups(out: &mut String, plan: &Plan) -> fmt::Result {
             writeln!(out, "\ngroups of ranks, and the one that rank 0 is in")?;
         }
         let (number, stride) = (mesh.world() / ranks.len(), ranks[1] - ranks[0]);
-        let step = if stride == 1 { String::new() } else { format!(", every {stride}th") };
         let last = ranks[ranks.len() - 1];
-        writeln!(out, "  {name:<8}  {number} of {} ranks: 0 to {last}{step}", ranks.len())?;
+        let members = match (stride, ranks.len()) {
+            (1, _) => format!("0 to {last}"),
+            (_, 2) => format!("0, {last}"),
+            _ => format!("0, {stride}, ... {last}"),
+        };
+        let groups = if number == 1 { "1 group".to_string() } else { format!("{number} groups") };
+        writeln!(out, "  {name:<8}  {groups} of {} ranks: {members}", ranks.len())?;
     }
     Ok(())
 }
