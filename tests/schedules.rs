@@ -33,7 +33,7 @@ fn every_schedule_is_valid_on_every_small_pipeline() {
         for (ranks, micros) in (1..=8).flat_map(|ranks| (1..=16).map(move |micros| (ranks, micros))) {
             let schedule = by_name(name, ranks, micros, chunks).expect("the variant is allowed");
             let costs = Costs::equal(ranks * chunks, 1.0, 1.0, 1.0);
-            for reductions in [Reductions::Last, Reductions::Every] {
+            for reductions in [Reductions::Last, Reductions::Every(1), Reductions::Every(3)] {
                 let complete = schedule.complete(reductions);
                 for links in [Links::Unbounded, Links::Holding(1), Links::Holding(2)] {
                     let proof = simulate(&complete, &costs, links);
@@ -196,7 +196,7 @@ proptest! {
     #[test]
     fn broken_schedules_are_refused(which in 0usize..11, ranks in 1usize..5, micros in 1usize..5, seed: u64, kind in 0usize..4) {
         let (name, chunks) = variants()[which];
-        let reductions = if seed % 2 == 0 { Reductions::Last } else { Reductions::Every };
+        let reductions = if seed % 2 == 0 { Reductions::Last } else { Reductions::Every(2) };
         let mut schedule = by_name(name, ranks, micros, chunks).expect("the variant is allowed").complete(reductions);
         prop_assert!(valid(&schedule), "the declared rules refuse {name}");
         let stream = Stream::new(seed, "mutation");

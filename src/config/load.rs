@@ -1,7 +1,7 @@
 //! From a file and `--set` arguments to a `Config`: every key is read here, with its range and its default.
 //!
 //! Invariant: all problems are reported at once, and a `Config` comes out only when there are none. Reading takes text and paths;
-//! of the world it opens only the configuration file, a model's `config.json` and a tokenizer whose size is asked for.
+//! of the world it opens only the configuration file, a model's `config.json`, a tokenizer whose size is asked for and a schedule file.
 
 use super::reader::{COUNT, DIM, Findings, Reader, SOME, nearest};
 use super::source::{Problem, Problems, Source};
@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 use toml::{Table, Value};
 
 /// The schedules that have a name; anything else is the path of a file.
-pub const PP_SCHEDULES: [&str; 5] = ["gpipe", "1f1b", "interleaved", "zero_bubble", "zbv"];
+pub const PP_SCHEDULES: [&str; 7] = ["gpipe", "1f1b", "interleaved", "breadth_first", "zero_bubble", "zbv", "dualpipe_v"];
 
 const SECTIONS: [&str; 12] =
     ["run", "model", "data", "train", "parallel", "geometry", "optimizer", "schedule", "checkpoint", "eval", "log", "device"];
@@ -163,14 +163,28 @@ fn parallel(mut r: Reader) -> Parallel {
     let zero = r.whole("zero", 0..=3).unwrap_or(1);
     let sequence_parallel = r.flag("sequence_parallel").unwrap_or(true);
     let pp_schedule = r.text("pp_schedule").unwrap_or_else(|| "1f1b".to_string());
-    if !PP_SCHEDULES.contains(&pp_schedule.as_str()) && !pp_schedule.contains(['/', '.']) {
-        let guess = nearest(&pp_schedule, &PP_SCHEDULES).map(|name| format!("did you mean \"{name}\"? ")).unwrap_or_default();
-        let help = format!("{guess}it is one of {}, or the path of a schedule file", PP_SCHEDULES.join(", "));
-        r.problem("pp_schedule", format!("`parallel.pp_schedule` = \"{pp_schedule}\" is not known"), help);
-    }
+    let pp_schedule_text = if PP_SCHEDULES.contains(&pp_schedule.as_str()) { None } else { schedule_file(&mut r, &pp_schedule) };
     let pp_chunks = r.whole("pp_chunks", DIM).unwrap_or(1);
     r.finish();
-    Parallel { tp, pp, dp_replicate, dp_shard, zero, sequence_parallel, pp_schedule, pp_chunks }
+    Parallel { tp, pp, dp_replicate, dp_shard, zero, sequence_parallel, pp_schedule, pp_schedule_text, pp_chunks }
+}
+
+/// What stands in the schedule file `path`.
+fn schedule_file(r: &mut Reader, path: &str) -> Option<String> {
+    if !path.contains(['/', '.']) {
+        let guess = nearest(path, &PP_SCHEDULES).map(|name| format!("did you mean \"{name}\"? ")).unwrap_or_default();
+        let help = format!("{guess}it is one of {}, or the path of a schedule file", PP_SCHEDULES.join(", "));
+        r.problem("pp_schedule", format!("`parallel.pp_schedule` = \"{path}\" is not known"), help);
+        return None;
+    }
+    match std::fs::read_to_string(path) {
+        Ok(text) => Some(text),
+        Err(error) => {
+            let help = format!("it is one of {}, or the path of a schedule file", PP_SCHEDULES.join(", "));
+            r.problem("pp_schedule", format!("the schedule file `{path}` cannot be read: {error}"), help);
+            None
+        }
+    }
 }
 
 fn geometry(mut r: Reader) -> Geometry {

@@ -201,8 +201,12 @@ pub struct Parallel {
     pub zero: u8,
     /// Cut the residual stream over tp too. Default true; of no effect where tp = 1.
     pub sequence_parallel: bool,
-    /// `gpipe`, `1f1b`, `interleaved`, `zero_bubble`, `zbv`, or the path of a schedule file. Default `1f1b`.
+    /// `gpipe`, `1f1b`, `interleaved`, `breadth_first`, `zero_bubble`, `zbv`, `dualpipe_v`, or the path of a schedule file (its format:
+    /// `plan/schedule/text.rs`). Default `1f1b`.
     pub pp_schedule: String,
+    /// What stands in that file.
+    #[serde(skip)]
+    pub pp_schedule_text: Option<String>,
     /// Chunks of blocks per pipeline rank. Default 1.
     pub pp_chunks: usize,
 }

@@ -3,7 +3,7 @@
 //! In training the head runs forward and backward in one go, a piece of a sequence at a time: the logits of one piece are all that
 //! ever exist. `[rows, v]` logits become their own gradients in place.
 //!
-//! Invariant: a piece is `ROWS` rows of one sequence counted from its start, so the sums do not depend on how sequences are grouped.
+//! Invariant: a piece is `HEAD_ROWS` rows of one sequence counted from its start, so the sums do not depend on how sequences are grouped.
 
 use crate::device::tensor::{Tensor, View};
 use crate::dtype::Dtype;
@@ -11,12 +11,10 @@ use crate::model::norm::Norm;
 use crate::ops::{cross_entropy, matmul};
 use crate::parallel::flat::{Grads, ParamId, Weights};
 use crate::parallel::tensor_parallel::Region;
+use crate::plan::budget::HEAD_ROWS;
 use anyhow::Result;
 use std::ops::Range;
 use std::sync::Arc;
-
-/// Rows whose logits exist at a time: enough to keep the matmuls busy, few enough to keep 128k-word vocabularies small.
-const ROWS: usize = 1024;
 
 pub struct Head {
     /// The unit of the last norm.
@@ -97,6 +95,6 @@ impl Head {
 /// The rows of each piece, sequence after sequence.
 fn pieces(n: usize, t: usize) -> impl Iterator<Item = Range<usize>> {
     (0..n / t).flat_map(move |sequence| {
-        (0..t.div_ceil(ROWS)).map(move |piece| sequence * t + piece * ROWS..sequence * t + ((piece + 1) * ROWS).min(t))
+        (0..t.div_ceil(HEAD_ROWS)).map(move |piece| sequence * t + piece * HEAD_ROWS..sequence * t + ((piece + 1) * HEAD_ROWS).min(t))
     })
 }

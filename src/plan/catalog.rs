@@ -65,6 +65,13 @@ pub struct Unit {
     pub entries: Vec<Entry>,
 }
 
+impl Unit {
+    /// Numbers in all its entries.
+    pub fn parameters(&self) -> u64 {
+        self.entries.iter().map(|entry| entry.dims.iter().product::<usize>() as u64).sum()
+    }
+}
+
 /// The units of a model, in the order in which a batch meets them. `no_decay`: patterns of public names that do not decay.
 pub fn units(model: &Model, no_decay: &[String]) -> Vec<Unit> {
     let mut units = match model.family {
@@ -81,8 +88,7 @@ pub fn units(model: &Model, no_decay: &[String]) -> Vec<Unit> {
 
 /// Parameters of the model, a tied one counted once.
 pub fn parameters(units: &[Unit]) -> u64 {
-    let counted = units.iter().filter(|unit| unit.kind != Kind::Head { tied: true });
-    counted.flat_map(|unit| &unit.entries).map(|entry| entry.dims.iter().product::<usize>() as u64).sum()
+    units.iter().filter(|unit| unit.kind != Kind::Head { tied: true }).map(Unit::parameters).sum()
 }
 
 /// Whether `name` matches `pattern`, in which `*` stands for any run of characters.

@@ -1,18 +1,21 @@
 //! Everything that is decided before the first FLOP, by pure functions, as data: no device, socket, clock or environment is touched.
 //!
-//! Invariant: after `Plan::new` nobody reads the configuration to make a decision about layout.
+//! Invariant: after `Plan::new` nobody reads the configuration to make a decision about layout, and a plan that exists can be carried
+//! out: its sizes divide, and the simulator has proved its schedule.
 
 pub mod budget;
 pub mod catalog;
+pub mod check;
 pub mod layout;
 pub mod mesh;
 pub mod picture;
 pub mod schedule;
 pub mod simulate;
 pub mod stages;
+pub mod traffic;
 
 use crate::config::source::Problem;
-use crate::config::{Config, Model, Recompute, SumOrder};
+use crate::config::{Config, Model, Recompute};
 use crate::dtype::Dtype;
 use catalog::{Kind, Unit};
 use layout::{Share, UnitLayout};
@@ -20,6 +23,7 @@ use mesh::{Coordinates, Mesh};
 use schedule::Schedule;
 use schedule::passes::Reductions;
 use serde::{Deserialize, Serialize};
+use simulate::{Links, Proof};
 use std::ops::Range;
 
 /// The run's canonical sums, fixed when it starts and kept in its checkpoints.
@@ -52,6 +56,7 @@ pub struct Plan {
     pub zero: usize,
     pub dtype: Dtype,
     pub recompute: Recompute,
+    /// Whether the rows of the residual stream are cut over tp: never where tp is 1.
     pub sequence_parallel: bool,
     /// Tokens of a sequence.
     pub t: usize,
@@ -65,8 +70,9 @@ pub struct Plan {
 pub struct RankPlan {
     pub at: Coordinates,
     pub share: Share,
-    /// Rows of the global batch, in the order of this rank's micro-batches.
-    pub rows: Range<usize>,
+    /// Rows of the global batch, in the order of this rank's micro-batches: lane after lane in the order of lanes; in the order of rows
+    /// micro-batch m is of lane m % `lanes`.
+    pub rows: Vec<usize>,
     /// Lanes whose gradients this rank adds up.
     pub lanes: usize,
     pub micros_per_lane: usize,
@@ -80,40 +86,65 @@ impl Plan {
     /// `geometry`: that of the checkpoint to go on from; a run that starts takes it from the configuration and its first layout.
     pub fn new(config: &Config, world: usize, geometry: Option<Geometry>) -> Result<Plan, Vec<Problem>> {
         let mut problems = Vec::new();
-        let mesh = mesh_of(config, world, &mut problems);
-        let geometry = geometry.unwrap_or_else(|| geometry_of(config, &mesh));
-        check_geometry(config, &mesh, &geometry, &mut problems);
-        let units = catalog::units(&config.model, &config.optimizer.no_decay);
+        let mesh = check::mesh(config, world, &mut problems);
+        let fills_world = problems.is_empty();
+        let geometry = geometry.unwrap_or_else(|| check::geometry(config, &mesh));
+        check::tensors(config, &mesh, &geometry, &mut problems);
+        check::stages(config, &mut problems);
+        if fills_world {
+            check::batch(config, &mesh, &geometry, &mut problems);
+        }
         if !problems.is_empty() {
             return Err(problems);
         }
-        let micros = config.train.global_batch_size / mesh.dp() / config.train.micro_batch_size;
-        let schedule = schedule::by_name(&config.parallel.pp_schedule, mesh.pp, micros, config.parallel.pp_chunks)
-            .map_err(|error| vec![problem("parallel.pp_schedule", format!("{error:#}"), None)])?
-            .complete(Reductions::Last);
-        let stages = vec![0..units.len()];
-        Ok(Plan {
-            model: config.model.clone(),
+        let (model, train) = (&config.model, &config.train);
+        let micros = train.global_batch_size / mesh.dp() / train.micro_batch_size;
+        let Some(schedule) = check::actions(config, micros, &mut problems) else { return Err(problems) };
+        let reductions = match geometry.order {
+            Order::Lanes => Reductions::Last,
+            Order::Rows => Reductions::Every(geometry.lanes / mesh.dp()),
+        };
+        let units = catalog::units(model, &config.optimizer.no_decay);
+        let costs = budget::unit_costs(&units, model, train.seq_len);
+        let stages = stages::of_units(&units, &costs, schedule.placement.stages()).expect("costs are finite and there is a stage");
+        let plan = Plan {
+            model: model.clone(),
             mesh,
             geometry,
             units,
             stages,
-            schedule,
+            schedule: schedule.complete(reductions),
             zero: config.parallel.zero as usize,
-            dtype: config.train.dtype,
-            recompute: config.train.recompute,
-            sequence_parallel: config.parallel.sequence_parallel,
-            t: config.train.seq_len,
-            micro_batch: config.train.micro_batch_size,
-            global_batch: config.train.global_batch_size,
-        })
+            dtype: train.dtype,
+            recompute: train.recompute,
+            sequence_parallel: config.parallel.sequence_parallel && mesh.tp > 1,
+            t: train.seq_len,
+            micro_batch: train.micro_batch_size,
+            global_batch: train.global_batch_size,
+        };
+        match plan.simulate() {
+            Ok(_) => Ok(plan),
+            Err(error) => {
+                let name = &config.parallel.pp_schedule;
+                Err(vec![Problem::new("parallel.pp_schedule", format!("`parallel.pp_schedule` = \"{name}\" cannot run: {error:#}"))])
+            }
+        }
+    }
+
+    /// The proof that the schedule runs. One second is the forward pass of one block.
+    pub fn proof(&self) -> Proof {
+        self.simulate().expect("a plan that exists has been proved")
+    }
+
+    fn simulate(&self) -> anyhow::Result<Proof> {
+        let costs = budget::stage_costs(&self.units, &self.stages, &self.model, self.t, self.recompute);
+        simulate::simulate(&self.schedule, &costs, Links::Unbounded)
     }
 
     pub fn rank(&self, rank: usize) -> RankPlan {
         let at = self.mesh.coordinates(rank);
         let dp = at.dp(&self.mesh);
         let share = Share { shards: self.geometry.shards, rank: at.tp, size: self.mesh.tp };
-        let per_rank = self.global_batch / self.mesh.dp();
         let lanes = self.geometry.lanes / self.mesh.dp();
         let mut units = Vec::new();
         let mut chunks = Vec::new();
@@ -129,11 +160,24 @@ impl Plan {
         RankPlan {
             at,
             share,
-            rows: dp * per_rank..(dp + 1) * per_rank,
+            rows: self.rows(dp * lanes..(dp + 1) * lanes),
             lanes,
-            micros_per_lane: per_rank / lanes / self.micro_batch,
+            micros_per_lane: self.global_batch / self.geometry.lanes / self.micro_batch,
             chunks,
             units,
+        }
+    }
+
+    /// The rows of these lanes in the order in which a rank that owns them takes them.
+    fn rows(&self, lanes: Range<usize>) -> Vec<usize> {
+        let per_lane = self.global_batch / self.geometry.lanes;
+        match self.geometry.order {
+            Order::Lanes => (lanes.start * per_lane..lanes.end * per_lane).collect(),
+            Order::Rows => {
+                let micro =
+                    |first: usize| lanes.clone().flat_map(move |lane| (0..self.micro_batch).map(move |i| lane * per_lane + first + i));
+                (0..per_lane).step_by(self.micro_batch).flat_map(micro).collect()
+            }
         }
     }
 
@@ -155,80 +199,4 @@ impl RankPlan {
     pub fn micros(&self) -> usize {
         self.lanes * self.micros_per_lane
     }
-}
-
-fn mesh_of(config: &Config, world: usize, problems: &mut Vec<Problem>) -> Mesh {
-    let parallel = &config.parallel;
-    let (tp, pp, replicate) = (parallel.tp, parallel.pp, parallel.dp_replicate);
-    let fixed = tp * pp * replicate;
-    let shard = match parallel.dp_shard {
-        -1 if world % fixed == 0 => world / fixed,
-        -1 => {
-            let message = format!("tp {tp} × pp {pp} × dp_replicate {replicate} = {fixed} does not divide the world of {world} ranks");
-            let help = format!("start a multiple of {fixed} ranks, or lower one of the three");
-            problems.push(problem("parallel.tp", message, Some(help)));
-            1
-        }
-        shard => {
-            let shard = usize::try_from(shard).unwrap_or(1);
-            if fixed * shard != world {
-                let message = format!(
-                    "tp {tp} × pp {pp} × dp_replicate {replicate} × dp_shard {shard} = {}, but the world has {world} ranks",
-                    fixed * shard
-                );
-                problems.push(problem("parallel.dp_shard", message, Some(format!("start {} ranks, or set dp_shard = -1", fixed * shard))));
-            }
-            shard
-        }
-    };
-    Mesh { pp, replicate, shard, tp }
-}
-
-fn geometry_of(config: &Config, mesh: &Mesh) -> Geometry {
-    let or = |chosen: usize, default: usize| if chosen == 0 { default } else { chosen };
-    let order = match (config.geometry.order, config.parallel.zero) {
-        (SumOrder::Lanes, _) | (SumOrder::Auto, 0 | 1) => Order::Lanes,
-        (SumOrder::Rows, _) | (SumOrder::Auto, _) => Order::Rows,
-    };
-    Geometry { shards: or(config.geometry.shards, mesh.tp), lanes: or(config.geometry.lanes, mesh.dp()), order }
-}
-
-fn check_geometry(config: &Config, mesh: &Mesh, geometry: &Geometry, problems: &mut Vec<Problem>) {
-    let Geometry { shards, lanes, .. } = *geometry;
-    let (dp, tp) = (mesh.dp(), mesh.tp);
-    let mut divides = |key: &str, what: &str, number: usize, by_what: &str, by: usize| {
-        if by == 0 || !number.is_multiple_of(by) {
-            problems.push(problem(key, format!("{what} {number} is not divisible by {by_what} {by}"), Some(nearest(number, by))));
-        }
-    };
-    divides("parallel.tp", "geometry.shards", shards, "parallel.tp", tp);
-    divides("geometry.lanes", "geometry.lanes", lanes, "the number of data-parallel ranks", dp);
-    divides("model.num_heads", "model.num_heads", config.model.num_heads, "the virtual shards of tensor parallelism", shards);
-    divides("model.num_kv_heads", "model.num_kv_heads", config.model.num_kv_heads, "the virtual shards of tensor parallelism", shards);
-    divides("model.intermediate_size", "model.intermediate_size", config.model.intermediate_size, "the virtual shards", shards);
-    let batch = config.train.global_batch_size;
-    divides("train.global_batch_size", "train.global_batch_size", batch, "geometry.lanes", lanes);
-    divides(
-        "train.micro_batch_size",
-        "the sequences of a lane",
-        batch / lanes.max(1),
-        "train.micro_batch_size",
-        config.train.micro_batch_size,
-    );
-}
-
-/// The nearest divisors of `number` to `by`, in a sentence.
-fn nearest(number: usize, by: usize) -> String {
-    let divides = |d: &usize| number.is_multiple_of(*d);
-    let below = (1..by.max(1)).rev().find(divides);
-    let above = (by + 1..=number).find(divides);
-    match (below, above) {
-        (Some(a), Some(b)) => format!("{a} and {b} would divide it"),
-        (Some(a), None) | (None, Some(a)) => format!("{a} would divide it"),
-        (None, None) => "only a multiple would do".to_string(),
-    }
-}
-
-fn problem(key: &str, message: String, help: Option<String>) -> Problem {
-    Problem { key: key.to_string(), message, help }
 }

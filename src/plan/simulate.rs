@@ -8,7 +8,7 @@
 //!
 //! What a [`Proof`] means. On every rank each slot ran forward once and backward once, whole or as input and then weight gradient, in
 //! that order and each with its input at hand; the weight gradients of each chunk ran in order of micro-batches and were reduced
-//! after the last one, or after every one; every message was the one its receiver expected; no rank waited forever; nothing was left over.
+//! after the last one, and on all chunks after every so many; every message was the one its receiver expected; no rank waited forever; nothing was left over.
 //! Whether a schedule passes does not depend on the costs: a rank never chooses what to do next, and each link has one sender
 //! and one receiver, so another timing changes when things happen, never which. Running on `Holding(1)` implies running on any more.
 //!
@@ -104,10 +104,20 @@ pub fn simulate(schedule: &Schedule, costs: &Costs, links: Links) -> Result<Proo
         ..Rank::default()
     };
     let links = vec![Link::default(); 2 * ranks * ranks];
-    let mut run = Run { schedule, costs, capacity, ranks: schedule.actions.iter().map(rank).collect(), links, reduces_every: None };
+    let reduces_every = reduction_period(schedule);
+    let mut run = Run { schedule, costs, capacity, ranks: schedule.actions.iter().map(rank).collect(), links, reduces_every };
     while run.sweep()? {}
     run.nothing_left()?;
     Ok(run.proof())
+}
+
+/// After how many micro-batches weight gradients are reduced, by the first of them that is.
+fn reduction_period(schedule: &Schedule) -> usize {
+    let reduced = |action: &Action| match *action {
+        Action::Backward { slot, reduce: true } | Action::BackwardWeight { slot, reduce: true } => Some(slot.micro + 1),
+        _ => None,
+    };
+    schedule.actions.iter().flatten().filter_map(reduced).min().unwrap_or(schedule.micros)
 }
 
 /// What has happened to a slot, as bits of a byte.
@@ -153,8 +163,8 @@ struct Run<'a> {
     capacity: usize,
     ranks: Vec<Rank>,
     links: Vec<Link>,
-    /// Whether weight gradients before the last are reduced, once the first of them has been seen.
-    reduces_every: Option<bool>,
+    /// Weight gradients are reduced after every so many micro-batches; none but the last: after all of them.
+    reduces_every: usize,
 }
 
 impl Run<'_> {
@@ -239,8 +249,9 @@ impl Run<'_> {
         if slot.micro + 1 == self.schedule.micros {
             ensure!(reduce, "this is the chunk's last weight gradient, and it is not reduced");
         } else {
-            let every = *self.reduces_every.get_or_insert(reduce);
-            ensure!(every == reduce, "either every weight gradient is reduced or only the last of each chunk");
+            let every = self.reduces_every;
+            let due = (slot.micro + 1).is_multiple_of(every);
+            ensure!(reduce == due, "weight gradients are reduced after every {every} micro-batches and the last, on all chunks alike");
         }
         self.set(rank, slot, WEIGHT);
         let rank = &mut self.ranks[rank];

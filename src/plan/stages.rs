@@ -6,6 +6,22 @@ use std::ops::Range;
 
 use anyhow::{Result, ensure};
 
+use crate::plan::catalog::{Kind, Unit};
+
+/// Cuts the units of a model. Positions stay with the embedding and the head with its norm, as both pairs are one layer of the model.
+///
+/// Where there are no more stages than blocks, every stage has a block, but the last, which may have the head alone: a stage
+/// without one would make another stage longer, and the cut less even.
+pub fn of_units(units: &[Unit], costs: &[f64], stages: usize) -> Result<Vec<Range<usize>>> {
+    assert_eq!(units.len(), costs.len(), "units and their costs");
+    let joins = |unit: &Unit| matches!(unit.kind, Kind::Positions | Kind::Head { .. });
+    let mut starts: Vec<usize> = (0..units.len()).filter(|&unit| !joins(&units[unit])).collect();
+    starts.push(units.len());
+    let layers: Vec<f64> = starts.windows(2).map(|pair| costs[pair[0]..pair[1]].iter().sum()).collect();
+    let ranges = partition(&layers, stages)?;
+    Ok(ranges.into_iter().map(|range| starts[range.start]..starts[range.end]).collect())
+}
+
 /// Cuts a chain of units into `stages` consecutive ranges so that the most costly stage costs as little as any cut allows; among such
 /// cuts, one whose stages are as even as can be (least sum of squares), and of these the one whose later stages are longer:
 /// later ranks keep fewer activations alive in most schedules.

@@ -37,7 +37,7 @@ fn loader(config: &Config, trainer: &Trainer, sources: &[DataSource], order: Ord
         seed: config.run.seed,
         seq_len: config.train.seq_len,
         global_batch: config.train.global_batch_size,
-        rows: trainer.rank.rows.clone().collect(),
+        rows: trainer.rank.rows.clone(),
         document_mask: if config.data.document_mask { tokenizer.end_of_text() } else { None },
     })
 }

@@ -29,7 +29,10 @@ pub struct Footprint {
 /// Rehearses one step of rank `index`.
 pub fn rehearse(config: &Config, plan: &Plan, index: usize) -> Result<Footprint> {
     let device = Device::dry();
-    let mut trainer = Trainer::new(config, plan.clone(), index, &device, Groups::connect(&Transport::Rehearsal, &plan.mesh, index)?)?;
+    // What the world exchanges is on the host; of a large world it would be most of the work.
+    let mut groups = Groups::connect(&Transport::Rehearsal, &plan.mesh, index)?;
+    groups.world = Groups::solo().world;
+    let mut trainer = Trainer::new(config, plan.clone(), index, &device, groups)?;
     let held = trainer.stage.zero.held();
     let fixed = device.memory().bytes_live();
     let batch = blank(trainer.rank.rows.len(), plan.t);

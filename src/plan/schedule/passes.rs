@@ -9,19 +9,23 @@ use super::{Action, Pass, Placement, Slot};
 /// When a chunk's gradients are added up over the data-parallel ranks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Reductions {
-    /// After every micro-batch: ZeRO 2 and 3 in the order `rows`.
-    Every,
-    /// After the last one.
+    /// After every so many micro-batches, and after the last: the order `rows`, whose sums are over one micro-batch of each lane.
+    Every(usize),
+    /// After the last one: the order `lanes`.
     Last,
 }
 
 /// Sets `reduce` on the weight gradients after which a chunk is reduced.
 pub fn with_reductions(mut actions: Vec<Vec<Action>>, reductions: Reductions) -> Vec<Vec<Action>> {
+    let due = |micro: usize| match reductions {
+        Reductions::Every(micros) => (micro + 1).is_multiple_of(micros),
+        Reductions::Last => false,
+    };
     for list in &mut actions {
         let mut complete = HashSet::new();
         for action in list.iter_mut().rev() {
             if let Action::Backward { slot, reduce } | Action::BackwardWeight { slot, reduce } = action {
-                *reduce = complete.insert(slot.chunk) || reductions == Reductions::Every;
+                *reduce = complete.insert(slot.chunk) || due(slot.micro);
             }
         }
     }
