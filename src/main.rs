@@ -200,6 +200,11 @@ fn train(arguments: &Configured) -> Result<ExitCode> {
 }
 
 fn launch(arguments: LaunchArguments) -> Result<ExitCode> {
+    // A mistake is told once here, instead of by every rank.
+    let words = std::iter::once("ferrotron".into()).chain(arguments.command.iter().cloned());
+    if let Command::Train(configured) = Cli::parse_from(words).command {
+        Config::load(&configured.config, &configured.overrides)?;
+    }
     let program = std::env::current_exe().context("finding this program's own file")?;
     let code = supervisor::launch(arguments.options, &program, &arguments.command)?;
     Ok(ExitCode::from(u8::try_from(code).unwrap_or(FAILED)))

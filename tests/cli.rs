@@ -47,7 +47,7 @@ fn tiny(folder: &Path) -> PathBuf {
 fn help_names_every_command() {
     let help = ferrotron(&["--help"]);
     assert_eq!(code(&help), 0);
-    for command in ["train", "plan", "prepare", "checkpoint", "doctor", "completions"] {
+    for command in ["train", "launch", "plan", "prepare", "checkpoint", "generate", "doctor", "completions"] {
         assert!(out(&help).contains(command), "{}", out(&help));
     }
     assert_eq!(code(&ferrotron(&["--version"])), 0);
@@ -80,6 +80,9 @@ fn a_wrong_configuration_is_2_and_writes_nothing() {
     assert_eq!((code(&output), err(&output).contains("--set parallel.tp=3")), (2, true), "{}", err(&output));
     assert!(!folder.join("run").exists());
     assert_eq!(code(&ferrotron(&["train", "no/such.toml"])), 2);
+    let output = ferrotron(&["launch", "--nproc-per-node", "2", "train", path, "--set", "train.steps=x"]);
+    assert_eq!((code(&output), err(&output).matches("error:").count()), (2, 1), "told once, not by each rank: {}", err(&output));
+    assert_eq!(code(&ferrotron(&["launch", "trian", path])), 2);
 }
 
 #[test]
