@@ -7,7 +7,7 @@
 #![allow(unsafe_code)]
 
 use crate::device::cpu::Isa;
-use crate::device::cpu::micro::Unit;
+use crate::device::cpu::micro::{Unit, prefetch};
 use crate::dtype::{Dtype, Element};
 #[cfg(target_arch = "x86_64")]
 use std::arch::x86_64::{
@@ -105,6 +105,78 @@ pub fn pack<T: Element>(
     }
     if unit == Unit::Pair && !rest.is_empty() {
         plain(unit, operand, xs, ks.end - 1..ks.end, width, rest);
+    }
+}
+
+/// Packs panels of `height` rows from `xs` on: panel p begins at `p * distance` of `to`. What is left of `xs` is a lower panel.
+pub fn pack_panels<T: Element>(
+    isa: Isa,
+    unit: Unit,
+    operand: &Operand<'_, T>,
+    xs: Range<usize>,
+    ks: Range<usize>,
+    height: usize,
+    distance: usize,
+    to: &mut [u32],
+) {
+    let whole = xs.start..xs.end - xs.len() % height;
+    let across = operand.along == Along::X && matches!((unit, T::DTYPE), (Unit::Single, Dtype::F32) | (Unit::Pair, Dtype::Bf16));
+    match height {
+        8 if across => across_panels::<T, 8>(unit, operand, whole.clone(), ks.clone(), distance, to),
+        4 if across => across_panels::<T, 4>(unit, operand, whole.clone(), ks.clone(), distance, to),
+        _ => {
+            for (panel, x) in whole.clone().step_by(height).enumerate() {
+                let to = &mut to[panel * distance..][..unit.count(ks.len()) * height];
+                pack(isa, unit, operand, x..x + height, ks.clone(), height, to);
+            }
+        }
+    }
+    if whole.end < xs.end {
+        let left = xs.end - whole.end;
+        let to = &mut to[whole.len() / height * distance..][..unit.count(ks.len()) * left];
+        pack(isa, unit, operand, whole.end..xs.end, ks, left, to);
+    }
+}
+
+/// How many steps along K are asked for in advance.
+const AHEAD: usize = 16;
+
+/// Whole panels of rows that are neighbours in memory: all panels step by step, so that each line of memory is read once.
+fn across_panels<T: Element, const HEIGHT: usize>(
+    unit: Unit,
+    operand: &Operand<'_, T>,
+    xs: Range<usize>,
+    ks: Range<usize>,
+    distance: usize,
+    to: &mut [u32],
+) {
+    if xs.is_empty() {
+        return;
+    }
+    let line = 64 / size_of::<T>();
+    for (step, k) in ks.clone().step_by(unit.elements()).enumerate() {
+        // The next rows lie in other pages, where the processor does not look ahead by itself.
+        for ahead in 0..unit.elements() {
+            for x in (xs.start..xs.end).step_by(line) {
+                prefetch(operand.data.as_ptr().wrapping_add(operand.index(x, k + ahead + AHEAD)));
+            }
+        }
+        let places =
+            to.chunks_mut(distance).map(|panel| panel[step * HEIGHT..].first_chunk_mut::<HEIGHT>().expect("a panel has all steps"));
+        if unit == Unit::Single {
+            let (from, _) = operand.bits::<u32>(xs.start, k)[..xs.len()].as_chunks::<HEIGHT>();
+            places.zip(from).for_each(|(to, from)| *to = *from);
+        } else {
+            let (even, _) = operand.bits::<u16>(xs.start, k)[..xs.len()].as_chunks::<HEIGHT>();
+            if k + 1 < ks.end {
+                let (odd, _) = operand.bits::<u16>(xs.start, k + 1)[..xs.len()].as_chunks::<HEIGHT>();
+                for ((to, even), odd) in places.zip(even).zip(odd) {
+                    *to = std::array::from_fn(|x| even[x] as u32 | (odd[x] as u32) << 16);
+                }
+            } else {
+                places.zip(even).for_each(|(to, even)| *to = even.map(u32::from));
+            }
+        }
     }
 }
 
@@ -235,6 +307,24 @@ mod tests {
                 let mut panel = vec![9; expected.len()];
                 pack(Isa::detect(), unit, &operand, xs.clone(), ks.clone(), width, &mut panel);
                 assert_eq!(panel, expected, "{unit:?} {along:?} {xs:?} {ks:?} {width}");
+            }
+        }
+    }
+
+    #[test]
+    fn panels_across_are_panels() {
+        let stream = Stream::new(2, "pack");
+        let narrow: Vec<bf16> = (0..71 * 71).map(|i| bf16::from_f32(stream.normal(i) as f32)).collect();
+        for (height, along, ks) in [(8, Along::X, 3..20), (8, Along::X, 2..40), (4, Along::X, 0..7), (8, Along::K, 0..9)] {
+            let operand = Operand { data: &narrow[..], stride: 71, along };
+            let units = Unit::Pair.count(ks.len());
+            let mut together = vec![0; 37 * units];
+            pack_panels(Isa::detect(), Unit::Pair, &operand, 1..38, ks.clone(), height, height * units, &mut together);
+            for start in (0..37).step_by(height) {
+                let rows = height.min(37 - start);
+                let mut alone = vec![0; rows * units];
+                plain(Unit::Pair, &operand, 1 + start..1 + start + rows, ks.clone(), rows, &mut alone);
+                assert_eq!(together[start * units..][..rows * units], alone, "{height} {along:?} {ks:?} {start}");
             }
         }
     }
