@@ -15,7 +15,7 @@ use half::bf16;
 use std::hint::black_box;
 
 /// x w^T, dy w and dy^T x, as rows of C, columns of C, length of the sums: the sizes of GPT-2 124M and three squares.
-const MATMULS: [(&str, [usize; 3]); 22] = [
+const MATMULS: [(&str, [usize; 3]); 24] = [
     ("nt", [1024, 1024, 1024]),
     ("nt", [2048, 2048, 2048]),
     ("nt", [1024, 768, 768]),
@@ -37,7 +37,9 @@ const MATMULS: [(&str, [usize; 3]); 22] = [
     ("nn", [4096, 384, 384]),
     ("tn", [4096, 384, 384]),
     ("nt", [1, 3072, 768]),
+    ("nt", [1, 50304, 768]),
     ("nt", [8, 3072, 768]),
+    ("nt", [64, 3072, 768]),
 ];
 
 fn main() {

@@ -9,7 +9,7 @@
 
 use crate::device::cpu::micro::{self, COLUMNS, Micro, ROWS, Sums, Tile, Unit, VECTORS};
 use crate::device::cpu::pack::{Along, Operand, pack, pack_panels};
-use crate::device::cpu::{Cpu, Isa, vector};
+use crate::device::cpu::{Cpu, Isa, few, vector};
 use crate::dtype::{Dtype, Element};
 use std::ops::Range;
 
@@ -93,6 +93,14 @@ pub fn product<T: Element>(
     assert_eq!(out.len(), m * n, "an output of {m} x {n}");
     assert!(bias.is_none_or(|bias| bias.len() == n), "a bias for {n} columns");
     assert!(k > 0, "a sum over at least one product");
+    if m == 0 || n == 0 {
+        return;
+    }
+    a.check(m, k);
+    b.check(n, k);
+    if m <= ROWS {
+        return few::product(cpu, a, b, [m, n, k], bias, out);
+    }
     let out: *mut T = out.as_mut_ptr();
     let waiting = match waiting {
         Some(waiting) => {
@@ -104,11 +112,6 @@ pub fn product<T: Element>(
             out.cast()
         }
     };
-    if m == 0 || n == 0 {
-        return;
-    }
-    a.check(m, k);
-    b.check(n, k);
     let micro = Micro::new(cpu.isa, T::DTYPE);
     // Sums of f32 wait in the output itself, so its passes can be as short as the caches like.
     let most = if T::DTYPE == Dtype::F32 { NEAR_UNITS } else { PASS_UNITS };

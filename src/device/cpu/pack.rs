@@ -34,12 +34,17 @@ pub struct Operand<'a, T> {
     pub along: Along,
 }
 
-impl<T: Element> Operand<'_, T> {
+impl<'a, T: Element> Operand<'a, T> {
     pub fn index(&self, x: usize, k: usize) -> usize {
         match self.along {
             Along::K => x * self.stride + k,
             Along::X => k * self.stride + x,
         }
+    }
+
+    /// The operand from (x, k) on.
+    pub fn part(&self, x: usize, k: usize) -> Operand<'a, T> {
+        Operand { data: &self.data[self.index(x, k)..], ..*self }
     }
 
     /// Fails when an element with `x < xs` and `k < ks` lies outside of the data, or two share a place.
@@ -204,6 +209,10 @@ fn without_denormals(x: f32) -> f32 {
     if x.is_subnormal() { 0f32.copysign(x) } else { x }
 }
 
+/// How far ahead along K rows are asked for: sixteen lines are too many streams for the processor to see by itself.
+#[cfg(target_arch = "x86_64")]
+const UNITS_AHEAD: usize = 128;
+
 /// Turns `rows` rows of 32-bit units, `row_bytes` apart, into a panel of `units` steps.
 ///
 /// # Safety
@@ -219,6 +228,7 @@ unsafe fn transpose_avx512(from: *const u8, row_bytes: usize, rows: usize, width
             let mask = u16::MAX >> (16 - count);
             let mut block = [_mm512_setzero_si512(); 16];
             for (index, line) in block.iter_mut().enumerate().take(present) {
+                prefetch(from.wrapping_add((row + index) * row_bytes + (unit + UNITS_AHEAD) * 4));
                 // SAFETY: the mask keeps the load within the `units` units of a row that exists.
                 *line = unsafe { _mm512_maskz_loadu_epi32(mask, from.add((row + index) * row_bytes + unit * 4).cast()) };
             }
