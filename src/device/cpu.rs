@@ -6,6 +6,7 @@
 mod levels;
 pub mod block;
 pub mod columns;
+pub mod few;
 pub mod gemm;
 pub mod micro;
 pub mod pack;

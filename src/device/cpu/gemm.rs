@@ -8,18 +8,19 @@
 #![allow(unsafe_code)]
 
 use crate::device::cpu::micro::{self, COLUMNS, Micro, ROWS, Sums, Tile, Unit, VECTORS};
-use crate::device::cpu::pack::{Along, Operand, pack};
-use crate::device::cpu::{Cpu, Isa, vector};
+use crate::device::cpu::pack::{Along, Operand, pack, pack_panels};
+use crate::device::cpu::{Cpu, Isa, few, vector};
 use crate::dtype::{Dtype, Element};
-use std::mem::MaybeUninit;
 use std::ops::Range;
 
 /// Units of packed B that all threads share: 4 MiB, so that it lies in the last-level cache together with what streams by.
 const CHUNK_UNITS: usize = 1 << 20;
-/// Units of A that a task packs for itself: 128 KiB, in its L2 and on its stack.
-const BLOCK_UNITS: usize = 1 << 15;
+/// Units of A that a task packs for itself: 256 KiB, in its L2 and on its stack.
+const BLOCK_UNITS: usize = 1 << 16;
 /// Units along K of one pass, so that eight rows of A fit into `BLOCK_UNITS`.
-const PASS_UNITS: usize = BLOCK_UNITS / ROWS;
+const PASS_UNITS: usize = BLOCK_UNITS / ROWS / 2;
+/// Units along K of one pass where sums may wait anywhere.
+const NEAR_UNITS: usize = 1024;
 /// Elements along K of one pass of `product`: a product of narrow numbers over a longer K needs `waiting` sums.
 pub const PASS_ELEMENTS: usize = PASS_UNITS;
 /// Rows of a task are a multiple of this, the rows of the tallest tile.
@@ -92,6 +93,14 @@ pub fn product<T: Element>(
     assert_eq!(out.len(), m * n, "an output of {m} x {n}");
     assert!(bias.is_none_or(|bias| bias.len() == n), "a bias for {n} columns");
     assert!(k > 0, "a sum over at least one product");
+    if m == 0 || n == 0 {
+        return;
+    }
+    a.check(m, k);
+    b.check(n, k);
+    if m <= ROWS {
+        return few::product(cpu, a, b, [m, n, k], bias, out);
+    }
     let out: *mut T = out.as_mut_ptr();
     let waiting = match waiting {
         Some(waiting) => {
@@ -103,13 +112,10 @@ pub fn product<T: Element>(
             out.cast()
         }
     };
-    if m == 0 || n == 0 {
-        return;
-    }
-    a.check(m, k);
-    b.check(n, k);
     let micro = Micro::new(cpu.isa, T::DTYPE);
-    let count = micro.unit.count(k).div_ceil(PASS_UNITS);
+    // Sums of f32 wait in the output itself, so its passes can be as short as the caches like.
+    let most = if T::DTYPE == Dtype::F32 { NEAR_UNITS } else { PASS_UNITS };
+    let count = micro.unit.count(k).div_ceil(most);
     // Pieces of one length but for the last, whole pairs all of them.
     let step = k.div_ceil(count).next_multiple_of(2);
     let product = Product { isa: cpu.isa, micro, a, b, rows: m, columns: n, sink: Sink::Write { out, waiting, bias } };
@@ -207,37 +213,50 @@ impl<T: Element> Product<'_, T> {
     fn task(&self, pass: &Pass<'_>, rows: Range<usize>, panels: Range<usize>, packed: &[u32]) {
         let units = pass.units(self.micro.unit);
         let width = self.micro.lanes * VECTORS;
-        let mut block = MaybeUninit::<[Line; BLOCK_UNITS / 16]>::uninit();
-        let mut tiles = Vec::with_capacity(rows.len().div_ceil(self.micro.rows));
-        let in_place = self.reads_in_place(pass);
-        for row in rows.clone().step_by(self.micro.rows) {
-            let tile = row..rows.end.min(row + self.micro.rows);
-            tiles.push(if in_place {
-                let start = self.a.index(tile.start, pass.pieces[0].start);
-                let unit_bytes = 4;
-                Rows { at: self.a.data[start..].as_ptr().cast(), row: self.a.stride * size_of::<T>(), unit: unit_bytes, rows: tile }
-            } else {
-                // SAFETY: `rows.len() * units` units fit into the block, and `pack` writes all of what is then read.
-                let to = unsafe {
-                    let start = block.as_mut_ptr().cast::<u32>().add((tile.start - rows.start) * units);
-                    assert!((tile.end - rows.start) * units <= BLOCK_UNITS, "{} rows of {units} units", rows.len());
-                    std::slice::from_raw_parts_mut(start, tile.len() * units)
-                };
-                let mut left = &mut *to;
-                for piece in pass.pieces {
-                    let (now, later) = left.split_at_mut(self.micro.unit.count(piece.len()) * tile.len());
-                    pack(self.isa, self.micro.unit, &self.a, tile.clone(), piece.clone(), tile.len(), now);
-                    left = later;
-                }
-                Rows { at: to.as_ptr().cast(), row: 4, unit: 4 * tile.len(), rows: tile }
-            });
-        }
+        let mut block;
+        assert!(rows.len() * units <= BLOCK_UNITS || self.reads_in_place(pass), "{} rows of {units} units", rows.len());
+        let tiles: Vec<Rows> = if self.reads_in_place(pass) {
+            let start = |row| self.a.data[self.a.index(row, pass.pieces[0].start)..].as_ptr().cast();
+            let row_bytes = self.a.stride * size_of::<T>();
+            self.tiles(&rows).map(|tile| Rows { at: start(tile.start), row: row_bytes, unit: 4, rows: tile }).collect()
+        } else {
+            block = [Line([0; 16]); BLOCK_UNITS / 16];
+            let to = &mut bytemuck::cast_slice_mut::<Line, u32>(&mut block)[..rows.len() * units];
+            self.pack_rows(pass, &rows, to);
+            let start = |row| to[(row - rows.start) * units..].as_ptr().cast();
+            self.tiles(&rows).map(|tile| Rows { at: start(tile.start), row: 4, unit: 4 * tile.len(), rows: tile }).collect()
+        };
         for panel in panels.clone() {
             let (columns, packed_width) = self.panel_columns(panel);
             let packed = &packed[(panel - panels.start) * units * width..][..units * packed_width];
             for tile in &tiles {
                 self.tile(pass, tile, columns.clone(), packed_width, packed);
             }
+        }
+    }
+
+    fn tiles(&self, rows: &Range<usize>) -> impl Iterator<Item = Range<usize>> + use<T> {
+        let (height, end) = (self.micro.rows, rows.end);
+        rows.clone().step_by(height).map(move |row| row..end.min(row + height))
+    }
+
+    /// Packs all pieces of `rows`, tile after tile.
+    fn pack_rows(&self, pass: &Pass<'_>, rows: &Range<usize>, to: &mut [u32]) {
+        let (unit, height) = (self.micro.unit, self.micro.rows);
+        let units = pass.units(unit);
+        let (whole, broken) = to.split_at_mut(rows.len() / height * height * units);
+        let tall = rows.start..rows.start + rows.len() / height * height;
+        let mut before = 0;
+        for piece in pass.pieces {
+            if !tall.is_empty() {
+                pack_panels(self.isa, unit, &self.a, tall.clone(), piece.clone(), height, height * units, &mut whole[before * height..]);
+            }
+            if tall.end < rows.end {
+                let low = tall.end..rows.end;
+                let to = &mut broken[before * low.len()..][..unit.count(piece.len()) * low.len()];
+                pack(self.isa, unit, &self.a, low.clone(), piece.clone(), low.len(), to);
+            }
+            before += unit.count(piece.len());
         }
     }
 

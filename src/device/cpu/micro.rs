@@ -166,6 +166,21 @@ trait Lanes: Copy {
     unsafe fn link(self, a: Self::Units, b: Self::Units) -> Self;
 }
 
+/// Elements of a cache line.
+const PREFETCH_FLOATS: usize = 16;
+
+/// Asks for the cache line at an address that will be used soon.
+#[inline(always)]
+pub fn prefetch<T>(at: *const T) {
+    // SAFETY: a prefetch of any address is allowed.
+    #[cfg(target_arch = "x86_64")]
+    unsafe {
+        std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(at.cast());
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = at;
+}
+
 /// # Safety
 /// As for `Micro::run`, with `R` rows and `V` vectors of `L::WIDTH` columns.
 #[inline(always)]
@@ -178,6 +193,12 @@ unsafe fn tile<L: Lanes, const R: usize, const V: usize>(tile: &Tile) {
                 for (vector, sum) in sums.iter_mut().enumerate() {
                     *sum = L::load(tile.c.add(row * tile.c_row + vector * L::WIDTH)).begin();
                 }
+            }
+        }
+        // The sums are needed at the end, and may come from far.
+        for row in 0..R {
+            for line in (0..V * L::WIDTH).step_by(PREFETCH_FLOATS) {
+                prefetch(tile.c.wrapping_add(row * tile.c_row + line));
             }
         }
         let (mut a, mut b) = (tile.a, tile.b);

@@ -7,7 +7,7 @@
 #![allow(unsafe_code)]
 
 use crate::device::cpu::Isa;
-use crate::device::cpu::micro::Unit;
+use crate::device::cpu::micro::{Unit, prefetch};
 use crate::dtype::{Dtype, Element};
 #[cfg(target_arch = "x86_64")]
 use std::arch::x86_64::{
@@ -34,12 +34,17 @@ pub struct Operand<'a, T> {
     pub along: Along,
 }
 
-impl<T: Element> Operand<'_, T> {
+impl<'a, T: Element> Operand<'a, T> {
     pub fn index(&self, x: usize, k: usize) -> usize {
         match self.along {
             Along::K => x * self.stride + k,
             Along::X => k * self.stride + x,
         }
+    }
+
+    /// The operand from (x, k) on.
+    pub fn part(&self, x: usize, k: usize) -> Operand<'a, T> {
+        Operand { data: &self.data[self.index(x, k)..], ..*self }
     }
 
     /// Fails when an element with `x < xs` and `k < ks` lies outside of the data, or two share a place.
@@ -108,6 +113,78 @@ pub fn pack<T: Element>(
     }
 }
 
+/// Packs panels of `height` rows from `xs` on: panel p begins at `p * distance` of `to`. What is left of `xs` is a lower panel.
+pub fn pack_panels<T: Element>(
+    isa: Isa,
+    unit: Unit,
+    operand: &Operand<'_, T>,
+    xs: Range<usize>,
+    ks: Range<usize>,
+    height: usize,
+    distance: usize,
+    to: &mut [u32],
+) {
+    let whole = xs.start..xs.end - xs.len() % height;
+    let across = operand.along == Along::X && matches!((unit, T::DTYPE), (Unit::Single, Dtype::F32) | (Unit::Pair, Dtype::Bf16));
+    match height {
+        8 if across => across_panels::<T, 8>(unit, operand, whole.clone(), ks.clone(), distance, to),
+        4 if across => across_panels::<T, 4>(unit, operand, whole.clone(), ks.clone(), distance, to),
+        _ => {
+            for (panel, x) in whole.clone().step_by(height).enumerate() {
+                let to = &mut to[panel * distance..][..unit.count(ks.len()) * height];
+                pack(isa, unit, operand, x..x + height, ks.clone(), height, to);
+            }
+        }
+    }
+    if whole.end < xs.end {
+        let left = xs.end - whole.end;
+        let to = &mut to[whole.len() / height * distance..][..unit.count(ks.len()) * left];
+        pack(isa, unit, operand, whole.end..xs.end, ks, left, to);
+    }
+}
+
+/// How many steps along K are asked for in advance.
+const AHEAD: usize = 16;
+
+/// Whole panels of rows that are neighbours in memory: all panels step by step, so that each line of memory is read once.
+fn across_panels<T: Element, const HEIGHT: usize>(
+    unit: Unit,
+    operand: &Operand<'_, T>,
+    xs: Range<usize>,
+    ks: Range<usize>,
+    distance: usize,
+    to: &mut [u32],
+) {
+    if xs.is_empty() {
+        return;
+    }
+    let line = 64 / size_of::<T>();
+    for (step, k) in ks.clone().step_by(unit.elements()).enumerate() {
+        // The next rows lie in other pages, where the processor does not look ahead by itself.
+        for ahead in 0..unit.elements() {
+            for x in (xs.start..xs.end).step_by(line) {
+                prefetch(operand.data.as_ptr().wrapping_add(operand.index(x, k + ahead + AHEAD)));
+            }
+        }
+        let places =
+            to.chunks_mut(distance).map(|panel| panel[step * HEIGHT..].first_chunk_mut::<HEIGHT>().expect("a panel has all steps"));
+        if unit == Unit::Single {
+            let (from, _) = operand.bits::<u32>(xs.start, k)[..xs.len()].as_chunks::<HEIGHT>();
+            places.zip(from).for_each(|(to, from)| *to = *from);
+        } else {
+            let (even, _) = operand.bits::<u16>(xs.start, k)[..xs.len()].as_chunks::<HEIGHT>();
+            if k + 1 < ks.end {
+                let (odd, _) = operand.bits::<u16>(xs.start, k + 1)[..xs.len()].as_chunks::<HEIGHT>();
+                for ((to, even), odd) in places.zip(even).zip(odd) {
+                    *to = std::array::from_fn(|x| even[x] as u32 | (odd[x] as u32) << 16);
+                }
+            } else {
+                places.zip(even).for_each(|(to, even)| *to = even.map(u32::from));
+            }
+        }
+    }
+}
+
 /// The definition of a packed panel.
 fn plain<T: Element>(unit: Unit, operand: &Operand<'_, T>, xs: Range<usize>, ks: Range<usize>, width: usize, panel: &mut [u32]) {
     let element = |x: usize, k: usize| if k < ks.end { operand.data[operand.index(x, k)].to_f32() } else { 0.0 };
@@ -132,6 +209,10 @@ fn without_denormals(x: f32) -> f32 {
     if x.is_subnormal() { 0f32.copysign(x) } else { x }
 }
 
+/// How far ahead along K rows are asked for: sixteen lines are too many streams for the processor to see by itself.
+#[cfg(target_arch = "x86_64")]
+const UNITS_AHEAD: usize = 128;
+
 /// Turns `rows` rows of 32-bit units, `row_bytes` apart, into a panel of `units` steps.
 ///
 /// # Safety
@@ -147,6 +228,7 @@ unsafe fn transpose_avx512(from: *const u8, row_bytes: usize, rows: usize, width
             let mask = u16::MAX >> (16 - count);
             let mut block = [_mm512_setzero_si512(); 16];
             for (index, line) in block.iter_mut().enumerate().take(present) {
+                prefetch(from.wrapping_add((row + index) * row_bytes + (unit + UNITS_AHEAD) * 4));
                 // SAFETY: the mask keeps the load within the `units` units of a row that exists.
                 *line = unsafe { _mm512_maskz_loadu_epi32(mask, from.add((row + index) * row_bytes + unit * 4).cast()) };
             }
@@ -235,6 +317,24 @@ mod tests {
                 let mut panel = vec![9; expected.len()];
                 pack(Isa::detect(), unit, &operand, xs.clone(), ks.clone(), width, &mut panel);
                 assert_eq!(panel, expected, "{unit:?} {along:?} {xs:?} {ks:?} {width}");
+            }
+        }
+    }
+
+    #[test]
+    fn panels_across_are_panels() {
+        let stream = Stream::new(2, "pack");
+        let narrow: Vec<bf16> = (0..71 * 71).map(|i| bf16::from_f32(stream.normal(i) as f32)).collect();
+        for (height, along, ks) in [(8, Along::X, 3..20), (8, Along::X, 2..40), (4, Along::X, 0..7), (8, Along::K, 0..9)] {
+            let operand = Operand { data: &narrow[..], stride: 71, along };
+            let units = Unit::Pair.count(ks.len());
+            let mut together = vec![0; 37 * units];
+            pack_panels(Isa::detect(), Unit::Pair, &operand, 1..38, ks.clone(), height, height * units, &mut together);
+            for start in (0..37).step_by(height) {
+                let rows = height.min(37 - start);
+                let mut alone = vec![0; rows * units];
+                plain(Unit::Pair, &operand, 1 + start..1 + start + rows, ks.clone(), rows, &mut alone);
+                assert_eq!(together[start * units..][..rows * units], alone, "{height} {along:?} {ks:?} {start}");
             }
         }
     }
