@@ -30,6 +30,9 @@ fn main() -> Result<()> {
         let ratio = seconds / copied;
         println!("  {name:<8} all-reduce {:6.1} ms  {:6.2} GB/s  {ratio:5.2} x the copies", seconds * 1e3, gigabytes(seconds));
     }
+    for (name, seconds) in [("threads", threads(4096, 300)?), ("tcp", tcp(4096, 300)?)] {
+        println!("  {name:<8} all-reduce of 4 KiB {:6.0} us", seconds * 1e6);
+    }
     Ok(())
 }
 

@@ -18,7 +18,7 @@ const HEADER: usize = 72;
 /// Bytes checked and handed on at a time: they are still in the cache when the second of the two happens.
 const CHUNK: usize = 256 << 10;
 /// Messages up to this size leave in one piece.
-const SMALL: usize = 32 << 10;
+pub const SMALL: usize = 32 << 10;
 /// More than any message can have: a larger length is a sign of confusion.
 const LARGEST: u64 = 1 << 40;
 

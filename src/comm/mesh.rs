@@ -79,6 +79,16 @@ pub struct Parcel {
 struct Outgoing {
     queue: Sender<Letter>,
     writer: JoinHandle<()>,
+    line: Arc<Mutex<Line>>,
+}
+
+/// The connection to one peer. While it has no backlog, small messages are written by whoever sends them: no thread need wake up.
+#[derive(Default)]
+struct Line {
+    /// None until the writer has connected.
+    stream: Option<TcpStream>,
+    /// Letters that the writer has not written yet.
+    backlog: usize,
 }
 
 struct Letter {
@@ -134,7 +144,7 @@ impl Drop for Mesh {
         // A thread that unwinds is no peaceful end: without a goodbye the peers see that this rank has failed. After a failure nobody
         // waits for writers, which may be stuck on a peer that has stopped; they end by themselves.
         let peaceful = !std::thread::panicking() && self.hub.lock().failure.is_none();
-        for (_, Outgoing { queue, writer }) in outgoing {
+        for (_, Outgoing { queue, writer, .. }) in outgoing {
             if peaceful {
                 queue.send(Letter { header, payload: None, sent: Arc::default() }).ok();
                 drop(queue);
@@ -199,22 +209,40 @@ impl Hub {
         }
     }
 
-    /// Hands a message to the thread that writes to `to`, a rank of the world.
+    /// Sends a message to `to`, a rank of the world, or hands it to the thread that does. `sent` counts it until it is written.
     pub fn send(self: &Arc<Hub>, to: usize, header: Header, payload: Payload, sent: &Arc<Sent>) -> Result<()> {
-        let mut outgoing = self.outgoing.lock().unwrap_or_else(PoisonError::into_inner);
-        let outgoing = match outgoing.entry(to) {
+        let mut all = self.outgoing.lock().unwrap_or_else(PoisonError::into_inner);
+        let outgoing = match all.entry(to) {
             Entry::Occupied(known) => known.into_mut(),
             Entry::Vacant(place) => {
                 let (queue, letters) = channel();
-                let hub = self.clone();
-                let writer = std::thread::Builder::new().name(format!("to-rank-{to}")).spawn(move || hub.write(to, letters));
+                let line = Arc::new(Mutex::new(Line::default()));
+                let (hub, own) = (self.clone(), line.clone());
+                let writer = std::thread::Builder::new().name(format!("to-rank-{to}")).spawn(move || hub.write(to, letters, &own));
                 let writer = writer.with_context(|| format!("starting a thread that writes to rank {to}"))?;
-                place.insert(Outgoing { queue, writer })
+                place.insert(Outgoing { queue, writer, line })
             }
         };
+        let (queue, line) = (outgoing.queue.clone(), outgoing.line.clone());
+        drop(all);
+        // Held to the end: messages leave in the order in which they took the line.
+        let mut line = line.lock().unwrap_or_else(PoisonError::into_inner);
+        let Line { stream, backlog } = &mut *line;
+        if let (Some(stream), 0, true) = (stream, *backlog, payload.bytes().len() <= frame::SMALL) {
+            let written = frame::write(stream, &header, payload.bytes());
+            drop(line);
+            return written.map_err(|error| anyhow!(self.lost(to, &header, &error)));
+        }
+        *backlog += 1;
         sent.0.fetch_add(1, Ordering::SeqCst);
         let letter = Letter { header, payload: Some(payload), sent: sent.clone() };
-        outgoing.queue.send(letter).map_err(|_| anyhow!("the connection to rank {to} has failed"))
+        queue.send(letter).map_err(|_| anyhow!(self.store.failure().unwrap_or_else(|| format!("the connection to rank {to} has failed"))))
+    }
+
+    /// A peer that takes no more messages ends the job. Gives its first failure.
+    fn lost(&self, to: usize, header: &Header, error: &anyhow::Error) -> String {
+        let what = format!("call {}, {}", header.number, header.call);
+        self.fail(&format!("rank {to} takes no more from rank {}, which sends {what}: {error:#}", self.rank))
     }
 
     fn place_of(&self, peer: usize) -> Result<SocketAddr> {
@@ -226,15 +254,18 @@ impl Hub {
         Ok(address)
     }
 
-    fn write(&self, to: usize, letters: Receiver<Letter>) {
-        let connect = || -> Result<TcpStream> {
+    fn write(&self, to: usize, letters: Receiver<Letter>, line: &Mutex<Line>) {
+        let connect = || -> Result<(TcpStream, TcpStream)> {
             let address = self.place_of(to)?;
             let stream = door::knock(&[address], &self.job, Purpose::Data, self.rank, Instant::now() + self.deadline)?;
             stream.set_write_timeout(Some(self.deadline))?;
-            Ok(stream)
+            Ok((stream.try_clone()?, stream))
         };
         let mut stream = match connect() {
-            Ok(stream) => stream,
+            Ok((stream, shared)) => {
+                line.lock().unwrap_or_else(PoisonError::into_inner).stream = Some(shared);
+                stream
+            }
             Err(error) => return drop(self.fail(&format!("rank {to} cannot be reached from rank {}: {error:#}", self.rank))),
         };
         for Letter { header, payload, sent } in letters {
@@ -242,10 +273,13 @@ impl Hub {
             // The owner of the numbers gets them back whole: they are let go before they are counted.
             drop(payload);
             if let Err(error) = written {
-                let what = format!("call {}, {}", header.number, header.call);
-                return drop(self.fail(&format!("rank {to} takes no more from rank {}, which sends {what}: {error:#}", self.rank)));
+                return drop(self.lost(to, &header, &error));
             }
-            if header.phase != Phase::Goodbye && sent.0.fetch_sub(1, Ordering::SeqCst) == 1 {
+            if header.phase == Phase::Goodbye {
+                return;
+            }
+            line.lock().unwrap_or_else(PoisonError::into_inner).backlog -= 1;
+            if sent.0.fetch_sub(1, Ordering::SeqCst) == 1 {
                 drop(self.lock());
                 self.changed.notify_all();
             }

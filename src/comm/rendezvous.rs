@@ -41,6 +41,13 @@ pub enum Kind {
     Replies = 10,
 }
 
+impl Kind {
+    fn of(code: u8) -> Option<Kind> {
+        use Kind::{Add, Barrier, Fail, Get, Goodbye, Missing, Replies, Reply, Set, Survey};
+        [Set, Get, Add, Barrier, Missing, Fail, Goodbye, Survey, Reply, Replies].into_iter().find(|kind| *kind as u8 == code)
+    }
+}
+
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Status {
     Done = 0,
@@ -190,29 +197,22 @@ impl Hall {
         ensure!(frame.len() >= 11 + length, "a request whose key of {length} bytes does not fit into its {} bytes", frame.len());
         let key = std::str::from_utf8(&frame[11..11 + length]).context("a key that is not text")?.to_string();
         let value = &frame[11 + length..];
+        let kind = Kind::of(frame[8]).with_context(|| format!("a request of unknown kind {}", frame[8]))?;
         let mut tables = self.lock();
-        match frame[8] {
-            kind if kind == Kind::Set as u8 => match tables.set(key, value.to_vec()) {
+        match kind {
+            Kind::Set => match tables.set(key, value.to_vec()) {
                 Ok(()) => tables.answer(rank, number, Status::Done, &[]),
                 Err(error) => tables.answer(rank, number, Status::Refused, format!("{error:#}").as_bytes()),
             },
-            kind if kind == Kind::Get as u8 => match tables.values.get(&key).cloned() {
+            Kind::Get => match tables.values.get(&key).cloned() {
                 Some(value) => tables.answer(rank, number, Status::Done, &value),
                 None => tables.waiting.entry(key).or_default().push((rank, number)),
             },
-            kind if kind == Kind::Add as u8 => {
+            Kind::Add => {
                 let amount = i64::from_le_bytes(value.try_into().context("an amount to add has eight bytes")?);
-                let before = tables.values.get(&key).map_or(Some(0), |bytes| Some(i64::from_le_bytes(bytes.as_slice().try_into().ok()?)));
-                match before {
-                    Some(before) => {
-                        let sum = before.wrapping_add(amount).to_le_bytes();
-                        tables.set(key, sum.to_vec())?;
-                        tables.answer(rank, number, Status::Done, &sum);
-                    }
-                    None => tables.answer(rank, number, Status::Refused, format!("{key:?} is no number to add to").as_bytes()),
-                }
+                tables.add(rank, number, key, amount)?;
             }
-            kind if kind == Kind::Barrier as u8 => {
+            Kind::Barrier => {
                 let present = tables.barriers.entry(key.clone()).or_default();
                 present.insert(rank, number);
                 if present.len() == self.world {
@@ -221,19 +221,19 @@ impl Hall {
                     }
                 }
             }
-            kind if kind == Kind::Missing as u8 => {
+            Kind::Missing => {
                 let present = tables.barriers.get(&key);
                 let missing = (0..self.world).filter(|rank| present.is_none_or(|present| !present.contains_key(rank)));
                 let names: Vec<String> = missing.map(|rank| rank.to_string()).collect();
                 tables.answer(rank, number, Status::Done, names.join(", ").as_bytes());
             }
-            kind if kind == Kind::Fail as u8 => {
+            Kind::Fail => {
                 tables.fail(String::from_utf8_lossy(value).into_owned());
                 tables.answer(rank, number, Status::Done, &[]);
                 self.changed.notify_all();
             }
-            kind if kind == Kind::Goodbye as u8 => return Ok(false),
-            kind if kind == Kind::Survey as u8 => {
+            Kind::Goodbye => return Ok(false),
+            Kind::Survey => {
                 let name = tables.surveys.len().to_string();
                 ensure!(tables.surveys.len() < 1 << 16, "more surveys than any job needs");
                 tables.surveys.push(BTreeMap::new());
@@ -242,17 +242,16 @@ impl Hall {
                     tables.answer(*other, 0, Status::Survey, name.as_bytes());
                 }
             }
-            kind if kind == Kind::Reply as u8 => {
+            Kind::Reply => {
                 if let Some(survey) = key.parse().ok().and_then(|survey: usize| tables.surveys.get_mut(survey)) {
                     survey.insert(rank, String::from_utf8_lossy(value).into_owned());
                 }
             }
-            kind if kind == Kind::Replies as u8 => {
+            Kind::Replies => {
                 let survey = key.parse().ok().and_then(|survey: usize| tables.surveys.get(survey));
                 let lines: String = survey.into_iter().flatten().map(|(rank, words)| format!("{rank}:{words}\n")).collect();
                 tables.answer(rank, number, Status::Done, lines.as_bytes());
             }
-            other => anyhow::bail!("a request of unknown kind {other}"),
         }
         Ok(true)
     }
@@ -268,6 +267,19 @@ impl Tables {
             self.answer(rank, number, Status::Done, &value);
         }
         self.values.insert(key, value);
+        Ok(())
+    }
+
+    /// Adds to a number and answers with the sum.
+    fn add(&mut self, rank: usize, number: u64, key: String, amount: i64) -> Result<()> {
+        let before = self.values.get(&key).map_or(Some(0), |bytes| Some(i64::from_le_bytes(bytes.as_slice().try_into().ok()?)));
+        let Some(before) = before else {
+            self.answer(rank, number, Status::Refused, format!("{key:?} is no number to add to").as_bytes());
+            return Ok(());
+        };
+        let sum = before.wrapping_add(amount).to_le_bytes();
+        self.set(key, sum.to_vec())?;
+        self.answer(rank, number, Status::Done, &sum);
         Ok(())
     }
 
