@@ -10,7 +10,7 @@
 use crate::device::tensor::{Tensor, View};
 use crate::model::norm::Norm;
 use crate::ops::attention::{self, Heads, Mask};
-use crate::ops::{elementwise, matmul, reduce, rope};
+use crate::ops::{elementwise, matmul, rope};
 use crate::parallel::flat::{Grads, ParamId, Weights};
 use crate::parallel::tensor_parallel::Region;
 use anyhow::Result;
@@ -42,8 +42,8 @@ pub struct Attention {
 }
 
 pub struct Saved {
-    pub x: Tensor,
-    stats: Tensor,
+    pub x: Arc<Tensor>,
+    stats: Arc<Tensor>,
     /// Dropped by selective recomputation.
     normed: Option<Arc<Tensor>>,
     qkv: Tensor,
@@ -60,7 +60,7 @@ impl Saved {
 
 impl Attention {
     /// x [n, c] -> y [n, c]
-    pub fn forward(&self, w: Weights<'_>, x: Tensor, tokens: Tokens<'_>) -> Result<(Tensor, Saved)> {
+    pub fn forward(&self, w: Weights<'_>, x: Arc<Tensor>, tokens: Tokens<'_>) -> Result<(Tensor, Saved)> {
         let (normed, stats) = self.norm.forward(w, x.view());
         let normed = Arc::new(normed);
         let entered = self.region.enter(&normed, tokens.t)?;
@@ -78,7 +78,7 @@ impl Attention {
             elementwise::add_row(y.view_mut(), w.get(bias));
         }
         elementwise::add(y.view_mut(), x.view());
-        Ok((y, Saved { x, stats, normed: Some(normed), qkv, out: Arc::new(out), lse }))
+        Ok((y, Saved { x, stats: Arc::new(stats), normed: Some(normed), qkv, out: Arc::new(out), lse }))
     }
 
     /// dy [n, c] -> dx [n, c]
@@ -87,10 +87,10 @@ impl Attention {
         let (t, rotated) = (tokens.t, self.heads.query + self.heads.kv);
         let stream_t = self.region.stream_rows(t).len();
         if let Some(bias) = self.o_bias {
-            reduce::sum_rows(g.stream(bias), dy.view(), stream_t);
+            g.add_stream_bias(bias, &dy, stream_t);
         }
         let dleft = self.region.leave_backward(&dy, t)?;
-        g.matrices(&[self.o], &dleft, &out, t);
+        g.add_matrices(&[self.o], &dleft, &out, t);
         let dout = matmul::backward_input(dleft.view(), w.get(self.o));
         drop(dleft);
         let mut dqkv = attention::backward(dout.view(), qkv.view(), out.view(), lse.view(), self.heads, self.mask(tokens));
@@ -98,20 +98,20 @@ impl Attention {
         if let Some(table) = tokens.rope {
             rope::backward(dqkv.view_mut(), rotated, self.heads.dim, table, tokens.positions);
         }
-        if let Some(bias) = self.qkv_bias {
-            reduce::sum_rows(g.columns(&bias), dqkv.view(), t);
-        }
         let normed = normed.unwrap_or_else(|| Arc::new(self.norm.again(w, x.view(), stats.view())));
         let entered = self.region.enter(&normed, t)?;
         drop(normed);
         let dqkv = Arc::new(dqkv);
-        g.matrices(&self.qkv, &dqkv, &entered, t);
+        if let Some(bias) = self.qkv_bias {
+            g.add_biases(&bias, &dqkv, t);
+        }
+        g.add_matrices(&self.qkv, &dqkv, &entered, t);
         drop(entered);
         let stacked = self.qkv.map(|id| w.get(id).shape()[0]).map(|rows| (rows, rows / self.region.share().local()));
         let dnormed = self.region.column_parallel_backward(dqkv.view(), w.stack(&self.qkv), &stacked);
         drop(dqkv);
         let dnormed = self.region.enter_backward(dnormed, t)?;
-        let mut dx = self.norm.backward(w, g, dnormed.view(), x.view(), stats.view(), stream_t);
+        let mut dx = self.norm.backward(w, g, dnormed, &x, &stats, stream_t);
         elementwise::add(dx.view_mut(), dy.view());
         Ok(dx)
     }

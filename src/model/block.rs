@@ -25,12 +25,12 @@ pub struct Saved {
 pub enum Kept {
     All(Box<Saved>),
     /// Everything is computed again from the block's input.
-    Input(Tensor),
+    Input(Arc<Tensor>),
 }
 
 impl Block {
     /// x [n, c] -> y [n, c]
-    pub fn forward(&self, w: Weights<'_>, x: Tensor, tokens: Tokens<'_>) -> Result<(Tensor, Kept)> {
+    pub fn forward(&self, w: Weights<'_>, x: Arc<Tensor>, tokens: Tokens<'_>) -> Result<(Tensor, Kept)> {
         let (y, mut saved) = self.run(w, x, tokens)?;
         let kept = match self.recompute {
             Recompute::None => Kept::All(Box::new(saved)),
@@ -54,9 +54,9 @@ impl Block {
         self.attention.backward(w, g, saved.attention, Arc::new(dy), tokens)
     }
 
-    fn run(&self, w: Weights<'_>, x: Tensor, tokens: Tokens<'_>) -> Result<(Tensor, Saved)> {
+    fn run(&self, w: Weights<'_>, x: Arc<Tensor>, tokens: Tokens<'_>) -> Result<(Tensor, Saved)> {
         let (x, attention) = self.attention.forward(w, x, tokens)?;
-        let (y, mlp) = self.mlp.forward(w, x, tokens.t)?;
+        let (y, mlp) = self.mlp.forward(w, Arc::new(x), tokens.t)?;
         Ok((y, Saved { attention, mlp }))
     }
 }

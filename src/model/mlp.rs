@@ -9,7 +9,7 @@
 
 use crate::device::tensor::{Tensor, View};
 use crate::model::norm::Norm;
-use crate::ops::{activation, elementwise, matmul, reduce};
+use crate::ops::{activation, elementwise, matmul};
 use crate::parallel::flat::{Grads, ParamId, Weights};
 use crate::parallel::tensor_parallel::Region;
 use anyhow::Result;
@@ -32,8 +32,8 @@ pub struct Mlp {
 }
 
 pub struct Saved {
-    x: Tensor,
-    stats: Tensor,
+    x: Arc<Tensor>,
+    stats: Arc<Tensor>,
     /// Dropped by selective recomputation, as is `hidden`.
     normed: Option<Arc<Tensor>>,
     wide: Tensor,
@@ -50,7 +50,7 @@ impl Saved {
 
 impl Mlp {
     /// x [n, c] -> y [n, c]. `t`: rows of one sequence.
-    pub fn forward(&self, w: Weights<'_>, x: Tensor, t: usize) -> Result<(Tensor, Saved)> {
+    pub fn forward(&self, w: Weights<'_>, x: Arc<Tensor>, t: usize) -> Result<(Tensor, Saved)> {
         let (normed, stats) = self.norm.forward(w, x.view());
         let normed = Arc::new(normed);
         let entered = self.region.enter(&normed, t)?;
@@ -65,7 +65,7 @@ impl Mlp {
             elementwise::add_row(y.view_mut(), w.get(bias));
         }
         elementwise::add(y.view_mut(), x.view());
-        Ok((y, Saved { x, stats, normed: Some(normed), wide, hidden: Some(Arc::new(hidden)) }))
+        Ok((y, Saved { x, stats: Arc::new(stats), normed: Some(normed), wide, hidden: Some(Arc::new(hidden)) }))
     }
 
     /// dy [n, c] -> dx [n, c]. `t`: rows of one sequence.
@@ -73,11 +73,11 @@ impl Mlp {
         let Saved { x, stats, normed, wide, hidden } = saved;
         let stream_t = self.region.stream_rows(t).len();
         if let Some(bias) = self.down_bias {
-            reduce::sum_rows(g.stream(bias), dy.view(), stream_t);
+            g.add_stream_bias(bias, &dy, stream_t);
         }
         let dleft = self.region.leave_backward(&dy, t)?;
         let hidden = hidden.unwrap_or_else(|| Arc::new(self.activate(wide.view())));
-        g.matrices(&[self.down], &dleft, &hidden, t);
+        g.add_matrices(&[self.down], &dleft, &hidden, t);
         drop(hidden);
         let dhidden = matmul::backward_input(dleft.view(), w.get(self.down));
         drop(dleft);
@@ -86,21 +86,21 @@ impl Mlp {
             Activation::Gelu => activation::gelu_backward(dhidden.view(), wide.view()),
         };
         drop((dhidden, wide));
-        if let Some(bias) = self.wide_bias {
-            reduce::sum_rows(g.columns(&[bias]), dwide.view(), t);
-        }
         let normed = normed.unwrap_or_else(|| Arc::new(self.norm.again(w, x.view(), stats.view())));
         let entered = self.region.enter(&normed, t)?;
         drop(normed);
         let dwide = Arc::new(dwide);
-        g.matrices(&self.wide, &dwide, &entered, t);
+        if let Some(bias) = self.wide_bias {
+            g.add_biases(&[bias], &dwide, t);
+        }
+        g.add_matrices(&self.wide, &dwide, &entered, t);
         drop(entered);
         let rows = |&id: &ParamId| w.get(id).shape()[0];
         let stacked: Vec<_> = self.wide.iter().map(rows).map(|rows| (rows, rows / self.region.share().local())).collect();
         let dnormed = self.region.column_parallel_backward(dwide.view(), w.stack(&self.wide), &stacked);
         drop(dwide);
         let dnormed = self.region.enter_backward(dnormed, t)?;
-        let mut dx = self.norm.backward(w, g, dnormed.view(), x.view(), stats.view(), stream_t);
+        let mut dx = self.norm.backward(w, g, dnormed, &x, &stats, stream_t);
         elementwise::add(dx.view_mut(), dy.view());
         Ok(dx)
     }

@@ -1,9 +1,10 @@
 //! The norm of a family: RMSNorm (Llama) or LayerNorm with bias (GPT-2).
 
 use crate::device::tensor::{Tensor, View};
-use crate::ops::{norm, reduce};
+use crate::ops::norm;
 use crate::parallel::flat::{Grads, ParamId, Weights};
 use crate::plan::layout::UnitLayout;
+use std::sync::Arc;
 
 pub enum Norm {
     Rms { weight: ParamId, eps: f32 },
@@ -38,16 +39,18 @@ impl Norm {
     }
 
     /// dy -> dx. `t`: rows of one sequence.
-    pub fn backward(&self, w: Weights<'_>, g: &mut Grads<'_>, dy: View<'_>, x: View<'_>, stats: View<'_>, t: usize) -> Tensor {
+    pub fn backward(&self, w: Weights<'_>, g: &mut Grads<'_>, dy: Tensor, x: &Arc<Tensor>, stats: &Arc<Tensor>, t: usize) -> Tensor {
+        let dy = Arc::new(dy);
+        let (kept_dy, kept_x, kept_stats) = (dy.clone(), x.clone(), stats.clone());
         match *self {
             Norm::Rms { weight, .. } => {
-                norm::rms_backward_weight(g.stream(weight), dy, x, stats, t);
-                norm::rms_backward(dy, x, w.get(weight), stats)
+                g.add(move |g| norm::rms_backward_weight(g.stream(weight), kept_dy.view(), kept_x.view(), kept_stats.view(), t));
+                norm::rms_backward(dy.view(), x.view(), w.get(weight), stats.view())
             }
             Norm::Layer { weight, bias, .. } => {
-                norm::layer_backward_weight(g.stream(weight), dy, x, stats, t);
-                reduce::sum_rows(g.stream(bias), dy, t);
-                norm::layer_backward(dy, x, w.get(weight), stats)
+                g.add(move |g| norm::layer_backward_weight(g.stream(weight), kept_dy.view(), kept_x.view(), kept_stats.view(), t));
+                g.add_stream_bias(bias, &dy, t);
+                norm::layer_backward(dy.view(), x.view(), w.get(weight), stats.view())
             }
         }
     }

@@ -188,7 +188,7 @@ impl Stage {
         };
         let mut kept = Vec::new();
         for block in &self.chunks[slot.chunk] {
-            let (y, k) = block.forward(self.zero.weights(block.unit)?, x, tokens)?;
+            let (y, k) = block.forward(self.zero.weights(block.unit)?, Arc::new(x), tokens)?;
             self.zero.release(block.unit);
             if !self.now.evaluating {
                 kept.push(k);
@@ -213,7 +213,7 @@ impl Stage {
     }
 
     /// The loss of the last stage's output, and where it pulls that output.
-    fn backward_head(&mut self, slot: Slot, finish: Finish) -> Result<Tensor> {
+    fn backward_head(&mut self, slot: Slot) -> Result<Tensor> {
         let x = self.now.outputs.remove(&slot).expect("forward before backward");
         let head = self.head.as_ref().expect("the last stage has the head");
         let targets = self.now.micros[slot.micro].targets.view();
@@ -223,14 +223,16 @@ impl Stage {
         drop(normed);
         self.now.loss.add(losses.view());
         let (w, mut g) = self.zero.weights_and_grads(head.norm_unit)?;
-        let dx = head.norm.backward(w, &mut g, dnormed.view(), x.view(), stats.view(), self.region.stream_rows(self.t).len());
+        let dx = head.norm.backward(w, &mut g, dnormed, &Arc::new(x), &Arc::new(stats), self.region.stream_rows(self.t).len());
         let (unit, norm_unit) = (head.unit, head.norm_unit);
-        self.added(unit, slot, finish, Vec::new())?;
-        self.added(norm_unit, slot, finish, Vec::new())?;
+        self.zero.release(unit);
+        self.zero.added(unit, slot.micro)?;
+        self.zero.release(norm_unit);
+        self.zero.added(norm_unit, slot.micro)?;
         Ok(dx)
     }
 
-    fn backward_embedding(&mut self, slot: Slot, dx: Tensor, finish: Finish) -> Result<()> {
+    fn backward_embedding(&mut self, slot: Slot, dx: Tensor) -> Result<()> {
         let micro = &self.now.micros[slot.micro];
         let dx = self.region.leave_backward(&Arc::new(dx), self.t)?;
         if let Some(positions) = &self.positions {
@@ -242,21 +244,17 @@ impl Stage {
         embedding.backward(&mut g, dx.view(), micro.inputs.view());
         let units = [self.positions.as_ref().map(|positions| positions.unit), Some(embedding.unit)];
         for unit in units.into_iter().flatten() {
-            self.added(unit, slot, finish, Vec::new())?;
+            self.zero.release(unit);
+            self.zero.added(unit, slot.micro)?;
         }
         Ok(())
     }
 
-    /// A backward pass is through with `unit`.
-    fn added(&mut self, unit: usize, slot: Slot, finish: Finish, deferred: Vec<Deferred>) -> Result<()> {
-        self.zero.release(unit);
-        match finish {
-            Finish::Now { reduce } => self.zero.added(unit, slot.micro, reduce),
-            Finish::Later => {
-                self.now.deferred.entry(slot).or_default().push((unit, deferred));
-                Ok(())
-            }
-        }
+    /// The micro-batch's gradients of a block are added; the plan said whether their sum is then reduced.
+    fn added(&mut self, unit: usize, micro: usize, reduce: bool) -> Result<()> {
+        let reduced = self.zero.added(unit, micro)?;
+        assert_eq!(reduced, reduce, "the schedule and the order of sums agree on micro-batch {micro}");
+        Ok(())
     }
 
     fn backward_blocks(&mut self, slot: Slot, mut dy: Tensor, finish: Finish) -> Result<Tensor> {
@@ -272,7 +270,11 @@ impl Stage {
                 g = g.deferring(&mut deferred);
             }
             dy = block.backward(w, &mut g, kept, dy, tokens)?;
-            self.added(unit, slot, finish, deferred)?;
+            self.zero.release(unit);
+            match finish {
+                Finish::Now { reduce } => self.added(unit, slot.micro, reduce)?,
+                Finish::Later => self.now.deferred.entry(slot).or_default().push((unit, deferred)),
+            }
         }
         Ok(dy)
     }
@@ -280,11 +282,11 @@ impl Stage {
     fn backward_chunk(&mut self, slot: Slot, dy: Option<Tensor>, finish: Finish) -> Result<Option<Tensor>> {
         let dy = match dy {
             Some(dy) => dy,
-            None => self.backward_head(slot, finish)?,
+            None => self.backward_head(slot)?,
         };
         let dx = self.backward_blocks(slot, dy, finish)?;
         if self.is_first(slot.chunk) {
-            self.backward_embedding(slot, dx, finish)?;
+            self.backward_embedding(slot, dx)?;
             return Ok(None);
         }
         Ok(Some(dx))
@@ -317,9 +319,9 @@ impl pipeline::Stage for Stage {
     fn backward_weight(&mut self, slot: Slot, reduce: bool) -> Result<()> {
         for (unit, list) in self.now.deferred.remove(&slot).expect("the input's gradient before the weights'") {
             let (_, mut g) = self.zero.weights_and_grads(unit)?;
-            g.catch_up(list);
+            list.into_iter().for_each(|work| work(&mut g));
             self.zero.release(unit);
-            self.zero.added(unit, slot.micro, reduce)?;
+            self.added(unit, slot.micro, reduce)?;
         }
         Ok(())
     }

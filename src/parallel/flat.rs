@@ -3,7 +3,7 @@
 //! Invariant: a view made here is exactly the parameter's place in the layout; stacked parameters are neighbours without a gap.
 
 use crate::device::tensor::{Tensor, View, ViewMut};
-use crate::ops::matmul;
+use crate::ops::{matmul, reduce};
 use crate::plan::layout::{Place, UnitLayout};
 use crate::shape::Shape;
 use std::ops::Range;
@@ -23,7 +23,7 @@ pub struct Weights<'a> {
 pub struct Grads<'a> {
     flat: ViewMut<'a>,
     layout: &'a UnitLayout,
-    /// Where given, the matrices' gradients are not computed now but noted here.
+    /// Where given, nothing is added now: the work is noted here.
     deferred: Option<&'a mut Vec<Deferred>>,
     /// Where given, the vectors of the stream are added up here, each virtual shard of the rows apart.
     stream: Option<StreamRows<'a>>,
@@ -35,13 +35,8 @@ pub struct StreamRows<'a> {
     pub chunks: usize,
 }
 
-/// A matrix's gradient still to be computed: what the weight half of a split backward pass runs on.
-pub struct Deferred {
-    ids: Vec<ParamId>,
-    dy: Arc<Tensor>,
-    x: Arc<Tensor>,
-    t: usize,
-}
+/// Gradients still to be added: what the weight half of a split backward pass runs on.
+pub type Deferred = Box<dyn FnOnce(&mut Grads<'_>) + Send>;
 
 impl<'a> Weights<'a> {
     pub fn new(flat: View<'a>, layout: &'a UnitLayout) -> Weights<'a> {
@@ -71,24 +66,35 @@ impl<'a> Grads<'a> {
         Grads { stream: Some(stream), ..self }
     }
 
-    /// From now on the gradients of matrices go into `list` instead.
+    /// From now on all work goes into `list` instead.
     pub fn deferring(self, list: &'a mut Vec<Deferred>) -> Grads<'a> {
         Grads { deferred: Some(list), ..self }
     }
 
-    /// Stacked matrices w [o, i]: dw += dy^T x, with dy [n, o] and x [n, i]; now, or noted for later. `t`: rows of one sequence.
-    pub fn matrices(&mut self, ids: &[ParamId], dy: &Arc<Tensor>, x: &Arc<Tensor>, t: usize) {
+    /// Adds gradients: now, or, in a backward pass of the input alone, later.
+    pub fn add(&mut self, work: impl FnOnce(&mut Grads<'_>) + Send + 'static) {
         match &mut self.deferred {
-            Some(list) => list.push(Deferred { ids: ids.to_vec(), dy: dy.clone(), x: x.clone(), t }),
-            None => matmul::backward_weight(self.stack(ids), dy.view(), x.view(), t),
+            Some(list) => list.push(Box::new(work)),
+            None => work(self),
         }
     }
 
-    /// Computes what was deferred, in the order in which it was noted.
-    pub fn catch_up(&mut self, list: Vec<Deferred>) {
-        for Deferred { ids, dy, x, t } in list {
-            matmul::backward_weight(self.stack(&ids), dy.view(), x.view(), t);
-        }
+    /// Stacked matrices w [o, i]: dw += dy^T x, with dy [n, o] and x [n, i]. `t`: rows of one sequence.
+    pub fn add_matrices(&mut self, ids: &[ParamId], dy: &Arc<Tensor>, x: &Arc<Tensor>, t: usize) {
+        let (ids, dy, x) = (ids.to_vec(), dy.clone(), x.clone());
+        self.add(move |g| matmul::backward_weight(g.stack(&ids), dy.view(), x.view(), t));
+    }
+
+    /// A bias of the stream: db += the sum of the rows of dy [n, o].
+    pub fn add_stream_bias(&mut self, id: ParamId, dy: &Arc<Tensor>, t: usize) {
+        let dy = dy.clone();
+        self.add(move |g| reduce::sum_rows(g.stream(id), dy.view(), t));
+    }
+
+    /// Stacked biases that are cut over tensor parallelism.
+    pub fn add_biases(&mut self, ids: &[ParamId], dy: &Arc<Tensor>, t: usize) {
+        let (ids, dy) = (ids.to_vec(), dy.clone());
+        self.add(move |g| reduce::sum_rows(g.columns(&ids), dy.view(), t));
     }
 
     pub fn get(&mut self, id: ParamId) -> ViewMut<'_> {

@@ -54,6 +54,8 @@ pub(in crate::parallel) struct UnitState {
     /// First and second moments of `mine`.
     pub moments: Option<[Tensor; 2]>,
     pub gradients: Gradients,
+    /// Micro-batches of the step that are added.
+    micros: usize,
 }
 
 /// A tied head has the embedding's values. Its gradients are its own until they are reduced, then they are added to the embedding's.
@@ -137,18 +139,22 @@ impl Zero {
         }
     }
 
-    /// All gradients of `unit` from micro-batch `micro` are added. `last`: those of the step are.
-    pub fn added(&mut self, unit: usize, micro: usize, last: bool) -> Result<()> {
+    /// All gradients of `unit` from micro-batch `micro` are added. Starts the reduction where a sum is complete, and says whether.
+    pub fn added(&mut self, unit: usize, micro: usize) -> Result<bool> {
         let u = &mut self.units[unit];
+        assert_eq!(u.micros, micro, "micro-batches are added in order");
+        u.micros += 1;
         let (lane_ends, sum_ends) = match self.rules.order {
-            Order::Lanes => ((micro + 1).is_multiple_of(self.micros_per_lane), last),
-            Order::Rows => (true, (micro + 1).is_multiple_of(self.rules.lanes)),
+            Order::Lanes => (u.micros.is_multiple_of(self.micros_per_lane), u.micros == self.micros_per_lane * self.rules.lanes),
+            Order::Rows => (true, u.micros.is_multiple_of(self.rules.lanes)),
         };
-        assert!(!last || (lane_ends && sum_ends), "micro-batch {micro} is the last, but not of its lane");
         if lane_ends {
             u.gradients.end_lane(&self.rules, &u.layout)?;
         }
-        if sum_ends { u.gradients.reduce(&self.rules) } else { Ok(()) }
+        if sum_ends {
+            u.gradients.reduce(&self.rules)?;
+        }
+        Ok(sum_ends)
     }
 
     /// Waits for all reductions, and adds the gradients of tied units.
@@ -217,6 +223,7 @@ impl Zero {
     pub fn clear(&mut self) {
         for u in &mut self.units {
             u.gradients.clear(&self.rules);
+            u.micros = 0;
         }
     }
 
@@ -277,7 +284,7 @@ impl UnitState {
         let master = (owns && dtype != Dtype::F32).then(|| device.zeros([length], Dtype::F32));
         let moments = owns.then(|| [device.zeros([length], Dtype::F32), device.zeros([length], Dtype::F32)]);
         let gradients = Gradients::new(device, rules, &layout, mine.clone());
-        UnitState { layout, mine, tie, weights, master, moments, gradients }
+        UnitState { layout, mine, tie, weights, master, moments, gradients, micros: 0 }
     }
 
     /// Whether the unit has weights and moments of its own on this rank.

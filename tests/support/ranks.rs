@@ -1,0 +1,122 @@
+//! Whole training runs of tiny models with every rank a thread of the test, on tokens that are a function of (step, row).
+//!
+//! Invariant: what a run leaves is taken from global tensors, so runs of different layouts can be compared bit by bit.
+
+use ferrotron::checkpoint::save::Shard;
+use ferrotron::comm::connect::Transport;
+use ferrotron::comm::groups::Groups;
+use ferrotron::comm::threads::Threads;
+use ferrotron::config::Config;
+use ferrotron::data::loader::Batch;
+use ferrotron::device::Device;
+use ferrotron::plan::Plan;
+use ferrotron::rng::Stream;
+use ferrotron::train::resume;
+use ferrotron::train::step::Trainer;
+use std::collections::BTreeMap;
+use std::thread;
+use std::time::Duration;
+
+/// What a run of some steps leaves.
+#[derive(Clone, PartialEq, Debug)]
+pub struct Trace {
+    /// Bits of loss and norm of every step.
+    pub steps: Vec<(u64, u64)>,
+    /// Bytes of every global tensor, by kind and public name.
+    pub tensors: BTreeMap<String, Vec<u8>>,
+}
+
+impl Trace {
+    /// Where two traces part first, in words.
+    pub fn difference(&self, other: &Trace) -> Option<String> {
+        for (step, (a, b)) in self.steps.iter().zip(&other.steps).enumerate() {
+            let number = f64::from_bits;
+            if a.0 != b.0 {
+                return Some(format!("loss of step {}: {:e} and {:e}", step + 1, number(a.0), number(b.0)));
+            }
+            if a.1 != b.1 {
+                return Some(format!("norm of step {}: {:e} and {:e}", step + 1, number(a.1), number(b.1)));
+            }
+        }
+        let names: Vec<&String> = self.tensors.keys().chain(other.tensors.keys()).collect();
+        let differs = |name: &&&String| self.tensors.get(**name) != other.tensors.get(**name);
+        names.iter().find(differs).map(|name| format!("tensor {name}"))
+    }
+}
+
+/// Trains `steps` steps of `config` on `world` ranks.
+pub fn train(config: &Config, world: usize, steps: u64) -> Trace {
+    let plan = Plan::new(config, world, None).unwrap_or_else(|problems| panic!("{problems:#?}"));
+    let threads = Transport::Threads(Threads::new(world, Duration::from_secs(120)));
+    let mut outcomes: Vec<(Vec<(u64, u64)>, Vec<Shard>)> = thread::scope(|scope| {
+        let ranks: Vec<_> = (0..world)
+            .map(|rank| {
+                let (plan, threads) = (plan.clone(), threads.clone());
+                scope.spawn(move || one_rank(config, plan, &threads, rank, steps))
+            })
+            .collect();
+        ranks.into_iter().map(|rank| rank.join().expect("no rank panics")).collect()
+    });
+    let steps = outcomes[0].0.clone();
+    assert!(outcomes.iter().all(|(seen, _)| *seen == steps), "every rank reports the same losses and norms");
+    let mut tensors = BTreeMap::new();
+    for shard in outcomes.drain(..).flat_map(|(_, shards)| shards) {
+        place(&shard, &mut tensors);
+    }
+    Trace { steps, tensors }
+}
+
+fn one_rank(config: &Config, plan: Plan, transport: &Transport, rank: usize, steps: u64) -> (Vec<(u64, u64)>, Vec<Shard>) {
+    let device = Device::cpu(1);
+    let groups = Groups::connect(transport, &plan.mesh, rank).expect("groups of threads");
+    let vocabulary = config.model.vocab_size;
+    let mut trainer = Trainer::new(config, plan, rank, &device, groups).expect("a trainer");
+    resume::start(&mut trainer, config).expect("initial weights");
+    let mut seen = Vec::new();
+    for step in 0..steps {
+        let batch = batch(step, &trainer.rank.rows, trainer.plan.t, vocabulary);
+        let outcome = trainer.step(step, &batch, false).expect("a step");
+        assert!(outcome.applied && outcome.loss.is_finite(), "step {step}: {outcome:?}");
+        seen.push((outcome.loss.to_bits(), outcome.norm.to_bits()));
+    }
+    (seen, trainer.stage.zero.shards())
+}
+
+/// Rows of the step, each a function of (step, row).
+pub fn batch(step: u64, rows: &[usize], t: usize, vocabulary: usize) -> Batch {
+    let stream = Stream::new(3, "tokens");
+    let token = |row: usize, i: usize| {
+        let draw = stream.uniform((step * 1_000 + row as u64) * 10_000 + i as u64);
+        // Small ids are more frequent: there is something to learn.
+        (draw * draw * vocabulary as f64) as u32
+    };
+    let each = |offset: usize| rows.iter().flat_map(|&row| (0..t).map(move |i| token(row, i + offset))).collect();
+    Batch {
+        rows: rows.to_vec(),
+        seq_len: t,
+        inputs: each(0),
+        targets: each(1),
+        positions: rows.iter().flat_map(|_| 0..t as u32).collect(),
+        starts: vec![0; rows.len() * t],
+    }
+}
+
+/// Copies the boxes of a shard into the whole tensors.
+fn place(shard: &Shard, tensors: &mut BTreeMap<String, Vec<u8>>) {
+    let size = shard.dtype.bytes();
+    for piece in &shard.pieces {
+        let whole = tensors
+            .entry(format!("{} {}", shard.kind, piece.name))
+            .or_insert_with(|| vec![0xa5; piece.shape.iter().product::<usize>() * size]);
+        let columns = *piece.shape.last().expect("a tensor has dims");
+        let (rows, width) = if piece.size.len() == 1 { (1, piece.size[0]) } else { (piece.size[0], piece.size[1]) };
+        let (row0, column0) = if piece.size.len() == 1 { (0, piece.start[0]) } else { (piece.start[0], piece.start[1]) };
+        for i in 0..rows {
+            for j in 0..width {
+                let from = piece.flat.start + if piece.transposed { j * rows + i } else { i * width + j };
+                let to = (row0 + i) * columns + column0 + j;
+                whole[to * size..(to + 1) * size].copy_from_slice(&shard.bytes[from * size..(from + 1) * size]);
+            }
+        }
+    }
+}
