@@ -46,7 +46,7 @@ enum Command {
     /// Train: one rank, or one rank of a launched job
     Train(Configured),
     /// Start the ranks of a job on this node, and watch them
-    Launch(LaunchArguments),
+    Launch(Box<LaunchArguments>),
     /// Tell what would happen: mesh, layout, schedule, memory, traffic; no device needed
     Plan(PlanArguments),
     /// Turn text into token shards, in constant memory
@@ -156,7 +156,7 @@ enum WeightFormat {
 fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Train(arguments) => train(&arguments),
-        Command::Launch(arguments) => launch(arguments),
+        Command::Launch(arguments) => launch(*arguments),
         Command::Plan(arguments) => plan(&arguments),
         Command::Prepare(arguments) => prepare_text(&arguments),
         Command::Checkpoint(command) => checkpoint(&command),

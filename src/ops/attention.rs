@@ -23,7 +23,7 @@ use crate::dtype::{Dtype, Element};
 use std::ops::Range;
 
 /// Rows of queries that are computed together.
-const QUERIES: usize = 64;
+const QUERIES: usize = softmax::ROWS;
 /// Blocks of queries that share packed keys and values in the forward pass.
 const SHARED: usize = 4;
 /// The widest head that the buffers of a thread are sure to hold.

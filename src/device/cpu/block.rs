@@ -4,7 +4,7 @@
 #![allow(unsafe_code)]
 
 use crate::device::cpu::micro::{self, Micro, Sums, Tile};
-use crate::device::cpu::pack::{Along, Operand, pack};
+use crate::device::cpu::pack::{Along, Operand, RowPanels, pack, pack_rows};
 use crate::device::cpu::{Cpu, Isa};
 use crate::dtype::{Dtype, Element};
 
@@ -59,10 +59,8 @@ impl Blocks {
         let in_place = k.is_multiple_of(self.micro.unit.elements()) && self.micro.unit.lies_in_memory(T::DTYPE) && a.along == Along::K;
         if !in_place {
             assert!(scratch.len() >= m * steps, "{} units of scratch for {m} x {steps}", scratch.len());
-            for row in (0..m).step_by(self.micro.rows) {
-                let rows = row..m.min(row + self.micro.rows);
-                pack(self.isa, self.micro.unit, a, rows.clone(), 0..k, rows.len(), &mut scratch[row * steps..rows.end * steps]);
-            }
+            let panels = RowPanels { unit: self.micro.unit, height: self.micro.rows, steps, first: 0 };
+            pack_rows(self.isa, panels, a, 0..m, 0..k, &mut scratch[..m * steps]);
         }
         let packed = scratch.as_ptr();
         for panel in micro::panels(b.columns / lanes).take_while(|panel| panel.start * lanes < n) {

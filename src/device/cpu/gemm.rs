@@ -8,7 +8,7 @@
 #![allow(unsafe_code)]
 
 use crate::device::cpu::micro::{self, COLUMNS, Micro, ROWS, Sums, Tile, Unit, VECTORS};
-use crate::device::cpu::pack::{Along, Operand, pack, pack_panels};
+use crate::device::cpu::pack::{Along, Operand, RowPanels, pack, pack_rows};
 use crate::device::cpu::{Cpu, Isa, few, vector};
 use crate::dtype::{Dtype, Element};
 use std::ops::Range;
@@ -222,7 +222,11 @@ impl<T: Element> Product<'_, T> {
         } else {
             block = [Line([0; 16]); BLOCK_UNITS / 16];
             let to = &mut bytemuck::cast_slice_mut::<Line, u32>(&mut block)[..rows.len() * units];
-            self.pack_rows(pass, &rows, to);
+            let mut panels = RowPanels { unit: self.micro.unit, height: self.micro.rows, steps: units, first: 0 };
+            for piece in pass.pieces {
+                pack_rows(self.isa, panels, &self.a, rows.clone(), piece.clone(), to);
+                panels.first += self.micro.unit.count(piece.len());
+            }
             let start = |row| to[(row - rows.start) * units..].as_ptr().cast();
             self.tiles(&rows).map(|tile| Rows { at: start(tile.start), row: 4, unit: 4 * tile.len(), rows: tile }).collect()
         };
@@ -238,26 +242,6 @@ impl<T: Element> Product<'_, T> {
     fn tiles(&self, rows: &Range<usize>) -> impl Iterator<Item = Range<usize>> + use<T> {
         let (height, end) = (self.micro.rows, rows.end);
         rows.clone().step_by(height).map(move |row| row..end.min(row + height))
-    }
-
-    /// Packs all pieces of `rows`, tile after tile.
-    fn pack_rows(&self, pass: &Pass<'_>, rows: &Range<usize>, to: &mut [u32]) {
-        let (unit, height) = (self.micro.unit, self.micro.rows);
-        let units = pass.units(unit);
-        let (whole, broken) = to.split_at_mut(rows.len() / height * height * units);
-        let tall = rows.start..rows.start + rows.len() / height * height;
-        let mut before = 0;
-        for piece in pass.pieces {
-            if !tall.is_empty() {
-                pack_panels(self.isa, unit, &self.a, tall.clone(), piece.clone(), height, height * units, &mut whole[before * height..]);
-            }
-            if tall.end < rows.end {
-                let low = tall.end..rows.end;
-                let to = &mut broken[before * low.len()..][..unit.count(piece.len()) * low.len()];
-                pack(self.isa, unit, &self.a, low.clone(), piece.clone(), low.len(), to);
-            }
-            before += unit.count(piece.len());
-        }
     }
 
     /// Whether tiles can read rows of A where they lie: units are runs of memory, and the last pair is whole.

@@ -113,33 +113,34 @@ pub fn pack<T: Element>(
     }
 }
 
-/// Packs panels of `height` rows from `xs` on: panel p begins at `p * distance` of `to`. What is left of `xs` is a lower panel.
-pub fn pack_panels<T: Element>(
-    isa: Isa,
-    unit: Unit,
-    operand: &Operand<'_, T>,
-    xs: Range<usize>,
-    ks: Range<usize>,
-    height: usize,
-    distance: usize,
-    to: &mut [u32],
-) {
+/// Panels of rows of A, one after the other: each of `height` rows and `steps` units, the last of as many rows as are left.
+#[derive(Clone, Copy)]
+pub struct RowPanels {
+    pub unit: Unit,
+    pub height: usize,
+    pub steps: usize,
+    /// The step at which packing begins.
+    pub first: usize,
+}
+
+/// Packs the rows `xs` and the elements `ks` along K into the panels in `to`, from their step `first` on.
+pub fn pack_rows<T: Element>(isa: Isa, panels: RowPanels, operand: &Operand<'_, T>, xs: Range<usize>, ks: Range<usize>, to: &mut [u32]) {
+    let RowPanels { unit, height, steps, first } = panels;
     let whole = xs.start..xs.end - xs.len() % height;
     let across = operand.along == Along::X && matches!((unit, T::DTYPE), (Unit::Single, Dtype::F32) | (Unit::Pair, Dtype::Bf16));
+    let filled = unit.count(ks.len());
     match height {
-        8 if across => across_panels::<T, 8>(unit, operand, whole.clone(), ks.clone(), distance, to),
-        4 if across => across_panels::<T, 4>(unit, operand, whole.clone(), ks.clone(), distance, to),
+        8 if across => across_panels::<T, 8>(panels, operand, whole.clone(), ks.clone(), to),
+        4 if across => across_panels::<T, 4>(panels, operand, whole.clone(), ks.clone(), to),
         _ => {
-            for (panel, x) in whole.clone().step_by(height).enumerate() {
-                let to = &mut to[panel * distance..][..unit.count(ks.len()) * height];
-                pack(isa, unit, operand, x..x + height, ks.clone(), height, to);
+            for (x, to) in whole.clone().step_by(height).zip(to.chunks_mut(height * steps)) {
+                pack(isa, unit, operand, x..x + height, ks.clone(), height, &mut to[first * height..][..filled * height]);
             }
         }
     }
     if whole.end < xs.end {
         let left = xs.end - whole.end;
-        let to = &mut to[whole.len() / height * distance..][..unit.count(ks.len()) * left];
-        pack(isa, unit, operand, whole.end..xs.end, ks, left, to);
+        pack(isa, unit, operand, whole.end..xs.end, ks, left, &mut to[whole.len() * steps + first * left..][..filled * left]);
     }
 }
 
@@ -148,11 +149,10 @@ const AHEAD: usize = 16;
 
 /// Whole panels of rows that are neighbours in memory: all panels step by step, so that each line of memory is read once.
 fn across_panels<T: Element, const HEIGHT: usize>(
-    unit: Unit,
+    RowPanels { unit, steps, first, .. }: RowPanels,
     operand: &Operand<'_, T>,
     xs: Range<usize>,
     ks: Range<usize>,
-    distance: usize,
     to: &mut [u32],
 ) {
     if xs.is_empty() {
@@ -166,8 +166,9 @@ fn across_panels<T: Element, const HEIGHT: usize>(
                 prefetch(operand.data.as_ptr().wrapping_add(operand.index(x, k + ahead + AHEAD)));
             }
         }
-        let places =
-            to.chunks_mut(distance).map(|panel| panel[step * HEIGHT..].first_chunk_mut::<HEIGHT>().expect("a panel has all steps"));
+        let places = to
+            .chunks_mut(HEIGHT * steps)
+            .map(|panel| panel[(first + step) * HEIGHT..].first_chunk_mut::<HEIGHT>().expect("a panel has all steps"));
         if unit == Unit::Single {
             let (from, _) = operand.bits::<u32>(xs.start, k)[..xs.len()].as_chunks::<HEIGHT>();
             places.zip(from).for_each(|(to, from)| *to = *from);
@@ -329,7 +330,8 @@ mod tests {
             let operand = Operand { data: &narrow[..], stride: 71, along };
             let units = Unit::Pair.count(ks.len());
             let mut together = vec![0; 37 * units];
-            pack_panels(Isa::detect(), Unit::Pair, &operand, 1..38, ks.clone(), height, height * units, &mut together);
+            let panels = RowPanels { unit: Unit::Pair, height, steps: units, first: 0 };
+            pack_rows(Isa::detect(), panels, &operand, 1..38, ks.clone(), &mut together);
             for start in (0..37).step_by(height) {
                 let rows = height.min(37 - start);
                 let mut alone = vec![0; rows * units];

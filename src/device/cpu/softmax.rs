@@ -10,6 +10,9 @@ use crate::dtype::Element;
 /// The elements of one row of a block that count: from the first to before the last.
 pub type Visible = (u32, u32);
 
+/// The most rows of a block.
+pub const ROWS: usize = 64;
+
 /// One step of a softmax that goes over blocks of columns; rows of `scores` and `weights` are `stride` apart, and of each the first
 /// `width`, a multiple of `LANES`, are looked at.
 pub struct Step<'a, T> {
@@ -31,41 +34,62 @@ leveled! {
     pub fn forward<T: Element>(step: Step<'_, T>) {
         let Step { stride, width, scale, visible, scores, weights, maxima, sums, totals } = step;
         let total_width = totals.len() / visible.len();
+        let mut shrinks = [0.0; ROWS];
+        let shrinks = &mut shrinks[..visible.len()];
+        // All rows' maxima first, then all exponentials: each loop is short enough for the processor to overlap rows.
         for (row, &(first, last)) in visible.iter().enumerate() {
             let scores = &mut scores[row * stride..][..width];
+            scores[..first as usize].fill(f32::NEG_INFINITY);
+            scores[last as usize..].fill(f32::NEG_INFINITY);
+            let mut largest = [f32::NEG_INFINITY; LANES];
+            for scores in scores.as_chunks::<LANES>().0 {
+                for lane in 0..LANES {
+                    let x = scores[lane] * scale;
+                    largest[lane] = if x > largest[lane] { x } else { largest[lane] };
+                }
+            }
+            let new = max_lanes(largest);
+            shrinks[row] = if new > maxima[row] { new } else { maxima[row] };
+        }
+        for (shrink, largest) in shrinks.iter_mut().zip(maxima.iter_mut()) {
+            let new = *shrink;
+            *shrink = exp(*largest - new);
+            *largest = new;
+        }
+        for (row, &(first, last)) in visible.iter().enumerate() {
             let weights = &mut weights[row * stride..][..width];
             if first >= last {
                 weights.fill(T::from_f32(0.0));
                 continue;
             }
-            let mut largest = [f32::NEG_INFINITY; LANES];
-            for (start, scores) in (0..).step_by(LANES).zip(scores.chunks_exact_mut(LANES)) {
-                for (lane, (score, largest)) in scores.iter_mut().zip(&mut largest).enumerate() {
-                    let column = start + lane as u32;
-                    *score = if column >= first && column < last { *score * scale } else { f32::NEG_INFINITY };
-                    *largest = if *score > *largest { *score } else { *largest };
-                }
-            }
-            let old = maxima[row];
-            let new = largest.into_iter().fold(old, |a, b| if b > a { b } else { a });
+            let largest = maxima[row];
             let mut added = [0.0; LANES];
-            for (scores, weights) in scores.chunks_exact(LANES).zip(weights.chunks_exact_mut(LANES)) {
+            let scores = scores[row * stride..][..width].as_chunks::<LANES>().0;
+            for (scores, weights) in scores.iter().zip(weights.as_chunks_mut::<LANES>().0) {
                 for lane in 0..LANES {
-                    let weight = exp(scores[lane] - new);
+                    let weight = exp(scores[lane] * scale - largest);
                     added[lane] += weight;
                     weights[lane] = T::from_f32(weight);
                 }
             }
-            let shrink = exp(old - new);
-            maxima[row] = new;
-            sums[row] = sums[row].mul_add(shrink, add_lanes(added));
-            if shrink != 1.0 {
-                for total in &mut totals[row * total_width..][..total_width] {
-                    *total *= shrink;
-                }
+            sums[row] = sums[row].mul_add(shrinks[row], add_lanes(added));
+            for total in &mut totals[row * total_width..][..total_width] {
+                *total *= shrinks[row];
             }
         }
     }
+}
+
+#[inline(always)]
+fn max_lanes(mut lanes: [f32; LANES]) -> f32 {
+    let mut count = LANES / 2;
+    while count > 0 {
+        for lane in 0..count {
+            lanes[lane] = if lanes[lane + count] > lanes[lane] { lanes[lane + count] } else { lanes[lane] };
+        }
+        count /= 2;
+    }
+    lanes[0]
 }
 
 /// The backward pass of a block; the rows of all four matrices are `stride` apart, and of each the first `width`, a multiple of `LANES`,
@@ -75,7 +99,7 @@ pub struct Gradient<'a, T> {
     pub width: usize,
     pub scale: f32,
     pub visible: &'a [Visible],
-    pub scores: &'a [f32],
+    pub scores: &'a mut [f32],
     pub dweights: &'a [f32],
     /// For each row: the logarithm of the sum of exp(x), and the sum of weight * dweight.
     pub log_sums: &'a [f32],
@@ -89,18 +113,24 @@ leveled! {
     pub fn backward<T: Element>(block: Gradient<'_, T>) {
         let Gradient { stride, width, scale, visible, scores, dweights, log_sums, dots, weights, gradients } = block;
         for (row, &(first, last)) in visible.iter().enumerate() {
-            let (scores, dweights) = (&scores[row * stride..][..width], &dweights[row * stride..][..width]);
+            let (scores, dweights) = (&mut scores[row * stride..][..width], &dweights[row * stride..][..width]);
             let (weights, gradients) = (&mut weights[row * stride..][..width], &mut gradients[row * stride..][..width]);
-            let (log_sum, dot) = (log_sums[row], dots[row]);
-            for start in (0..width).step_by(LANES) {
-                for lane in start..start + LANES {
-                    let seen = lane as u32 >= first && (lane as u32) < last;
-                    let weight = if seen { exp(scores[lane].mul_add(scale, -log_sum)) } else { 0.0 };
-                    let gradient = if seen { weight * (dweights[lane] - dot) } else { 0.0 };
+            let (log_sum, dot, zero) = (log_sums[row], dots[row], T::from_f32(0.0));
+            let (before, after) = (0..first as usize, last as usize..width);
+            scores[before.clone()].fill(f32::NEG_INFINITY);
+            scores[after.clone()].fill(f32::NEG_INFINITY);
+            let inputs = scores.as_chunks::<LANES>().0.iter().zip(dweights.as_chunks::<LANES>().0);
+            let outputs = weights.as_chunks_mut::<LANES>().0.iter_mut().zip(gradients.as_chunks_mut::<LANES>().0);
+            for ((scores, dweights), (weights, gradients)) in inputs.zip(outputs) {
+                for lane in 0..LANES {
+                    let weight = exp(scores[lane].mul_add(scale, -log_sum));
                     weights[lane] = T::from_f32(weight);
-                    gradients[lane] = T::from_f32(gradient);
+                    gradients[lane] = T::from_f32(weight * (dweights[lane] - dot));
                 }
             }
+            // What is not seen has no gradient, whatever stands there.
+            gradients[before].fill(zero);
+            gradients[after].fill(zero);
         }
     }
 }
