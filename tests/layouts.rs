@@ -12,6 +12,7 @@ use ferrotron::device::Device;
 use ferrotron::plan::catalog::Kind;
 use ferrotron::plan::layout::Piece;
 use ferrotron::plan::mesh::{Coordinates, Mesh};
+use ferrotron::plan::schedule::{Placement, Route};
 use ferrotron::plan::traffic::{Count, Traffic};
 use ferrotron::plan::{Order, Plan, RankPlan, budget, catalog, stages};
 use ferrotron::train::forecast;
@@ -129,15 +130,20 @@ proptest! {
 
     /// For any number of layers and stages that a configuration may ask for, and a head of any weight.
     #[test]
-    fn stages_tile_the_units_and_have_a_block(layers in 1usize..140, part in 0.0f64..1.0, vocab in 8usize..200_000, gpt2: bool, t in 1usize..9000) {
-        let count = 1 + (part * (layers - 1) as f64) as usize;
+    fn stages_tile_the_units_and_have_a_block(
+        layers in 1usize..140, part in 0.0f64..1.0, chunks in 1usize..4, vee: bool, vocab in 8usize..200_000, gpt2: bool, t in 1usize..9000
+    ) {
+        let chunks = chunks.min(layers);
+        let ranks = 1 + (part * (layers / chunks - 1) as f64) as usize;
+        let placement = Placement { ranks, chunks, route: if vee { Route::Vee } else { Route::Loop } };
+        let count = placement.stages();
         let family = if gpt2 { "gpt2" } else { "llama" };
         let model = config(&format!(
             "[model]\nfamily = \"{family}\"\nhidden_size = 64\nintermediate_size = 256\nnum_heads = 4\nnum_layers = {layers}\n\
              vocab_size = {vocab}\n[train]\nsteps = 1\nseq_len = {t}\nglobal_batch_size = 1\n"
         )).model;
         let units = catalog::units(&model, &[]);
-        let ranges = stages::of_units(&units, &budget::unit_costs(&units, &model, t), count).expect("good arguments");
+        let ranges = stages::of_units(&units, &budget::unit_costs(&units, &model, t), &placement).expect("good arguments");
         prop_assert_eq!((ranges.len(), ranges[0].start, ranges[count - 1].end), (count, 0, units.len()));
         prop_assert!(ranges.windows(2).all(|pair| pair[0].end == pair[1].start), "{:?}", ranges);
         let blocks = |range: &Range<usize>| units[range.clone()].iter().filter(|unit| matches!(unit.kind, Kind::Block(_))).count();

@@ -106,7 +106,7 @@ impl Plan {
         };
         let units = catalog::units(model, &config.optimizer.no_decay);
         let costs = budget::unit_costs(&units, model, train.seq_len);
-        let stages = stages::of_units(&units, &costs, schedule.placement.stages()).expect("costs are finite and there is a stage");
+        let stages = stages::of_units(&units, &costs, &schedule.placement).expect("costs are finite and there is a stage");
         let plan = Plan {
             model: model.clone(),
             mesh,

@@ -1,25 +1,60 @@
 //! Which units of the model (embedding, blocks, head) each pipeline stage holds.
 //!
-//! Invariant: the ranges tile the units in order, and no other cut has a smaller most costly stage.
+//! Invariant: the ranges tile the units in order; where a rank has one stage, no other cut has a smaller most costly one.
 
 use std::ops::Range;
 
 use anyhow::{Result, ensure};
 
 use crate::plan::catalog::{Kind, Unit};
+use crate::plan::schedule::Placement;
 
 /// Cuts the units of a model. Positions stay with the embedding and the head with its norm, as both pairs are one layer of the model.
 ///
 /// Where there are no more stages than blocks, every stage has a block, but the last, which may have the head alone: a stage
 /// without one would make another stage longer, and the cut less even.
-pub fn of_units(units: &[Unit], costs: &[f64], stages: usize) -> Result<Vec<Range<usize>>> {
+pub fn of_units(units: &[Unit], costs: &[f64], placement: &Placement) -> Result<Vec<Range<usize>>> {
     assert_eq!(units.len(), costs.len(), "units and their costs");
     let joins = |unit: &Unit| matches!(unit.kind, Kind::Positions | Kind::Head { .. });
     let mut starts: Vec<usize> = (0..units.len()).filter(|&unit| !joins(&units[unit])).collect();
     starts.push(units.len());
     let layers: Vec<f64> = starts.windows(2).map(|pair| costs[pair[0]..pair[1]].iter().sum()).collect();
-    let ranges = partition(&layers, stages)?;
+    let ranges = even_ranks(&layers, partition(&layers, placement.stages())?, placement);
     Ok(ranges.into_iter().map(|range| starts[range.start]..starts[range.end]).collect())
+}
+
+/// A rank with several stages is as slow, and as full, as all of them together: moves layers over the cuts, one at a time, as long as
+/// that makes the most loaded rank lighter, or leaves it and makes ranks or stages more even.
+fn even_ranks(costs: &[f64], mut ranges: Vec<Range<usize>>, placement: &Placement) -> Vec<Range<usize>> {
+    let squares = |loads: &[f64]| loads.iter().map(|load| load * load).sum::<f64>();
+    let weigh = |ranges: &[Range<usize>]| {
+        let stages: Vec<f64> = ranges.iter().map(|range| costs[range.clone()].iter().sum()).collect();
+        let mut ranks = vec![0.0; placement.ranks];
+        stages.iter().enumerate().for_each(|(stage, cost)| ranks[placement.place(stage).0] += cost);
+        [ranks.iter().copied().fold(0.0, f64::max), squares(&ranks), squares(&stages)]
+    };
+    let mut best = weigh(&ranges);
+    loop {
+        let before = best;
+        for cut in 1..ranges.len() {
+            for to in [ranges[cut].start + 1, ranges[cut].start.wrapping_sub(1)] {
+                // The first layer is the embedding, with which a block has to stay.
+                let least = ranges[cut - 1].start + if cut == 1 { 2 } else { 1 };
+                if !(least..ranges[cut].end).contains(&to) {
+                    continue;
+                }
+                let mut moved = ranges.clone();
+                (moved[cut - 1].end, moved[cut].start) = (to, to);
+                let weight = weigh(&moved);
+                if weight < best {
+                    (ranges, best) = (moved, weight);
+                }
+            }
+        }
+        if best == before {
+            return ranges;
+        }
+    }
 }
 
 /// Cuts a chain of units into `stages` consecutive ranges so that the most costly stage costs as little as any cut allows; among such
@@ -80,6 +115,7 @@ fn best_cut(costs: &[f64], stages: usize, join: impl Fn(f64, f64) -> f64) -> (f6
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::plan::schedule::Route;
     use proptest::prelude::{prop_assert, prop_assert_eq, proptest};
 
     /// What a range costs, summed as `best_cut` sums, from the back.
@@ -127,6 +163,15 @@ mod tests {
     fn a_heavy_head_gets_few_blocks_beside_it() {
         let costs = [0.1, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 2.0];
         assert_eq!(partition(&costs, 4).expect("the arguments are good"), [0..3, 3..5, 5..8, 8..10]);
+    }
+
+    #[test]
+    fn ranks_of_a_vee_share_evenly_what_their_stages_cannot() {
+        let costs = [0.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.5];
+        let placement = Placement { ranks: 2, chunks: 2, route: Route::Vee };
+        let cut = partition(&costs, 4).expect("the arguments are good");
+        assert_eq!(cut, [0..2, 2..4, 4..6, 6..8], "ranks 0 and 1 have 2.5 and 4");
+        assert_eq!(even_ranks(&costs, cut, &placement), [0..3, 3..4, 4..6, 6..8], "3.5 and 3");
     }
 
     #[test]

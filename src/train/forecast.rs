@@ -167,8 +167,8 @@ fn write_facts(out: &mut String, config: &Config, plan: &Plan) -> fmt::Result {
     let cut = if plan.sequence_parallel { ", sequence parallel" } else { "" };
     writeln!(
         out,
-        "mesh       {} ranks = pp {} × dp_replicate {} × dp_shard {} × tp {}, zero {}{cut}",
-        mesh.world(),
+        "mesh       {} = pp {} × dp_replicate {} × dp_shard {} × tp {}, zero {}{cut}",
+        if mesh.world() == 1 { "1 rank".to_string() } else { format!("{} ranks", mesh.world()) },
         mesh.pp,
         mesh.replicate,
         mesh.shard,
