@@ -146,10 +146,7 @@ fn llama(model: &Model) -> Vec<Unit> {
 }
 
 fn gpt2(model: &Model) -> Vec<Unit> {
-    let (c, f, v) = (model.hidden_size, model.intermediate_size, model.vocab_size);
-    let normal = Start::Normal(model.init_std);
-    // Radford et al. 2019: what is added to the residual stream starts smaller, by the number of such additions.
-    let residual = Start::Normal(model.init_std / (2.0 * model.num_layers as f64).sqrt());
+    let (c, v) = (model.hidden_size, model.vocab_size);
     let table = |role, name: &str, rows, cut| Entry {
         role,
         name: name.to_string(),
@@ -158,49 +155,8 @@ fn gpt2(model: &Model) -> Vec<Unit> {
         transposed: false,
         dims: vec![rows, c],
         cut,
-        start: normal,
+        start: Start::Normal(model.init_std),
         decay: true,
-    };
-    let block = |i: usize| {
-        let at = |name: &str| format!("transformer.h.{i}.{name}");
-        // `part` of `parts` equal column ranges of a public [in, parts * out] tensor.
-        let conv = |role, name: &str, [out, inner]: [usize; 2], part: usize, parts: usize, cut, start| Entry {
-            role,
-            name: at(name) + ".weight",
-            public_shape: vec![inner, parts * out],
-            public_start: vec![0, part * out],
-            transposed: true,
-            dims: vec![out, inner],
-            cut,
-            start,
-            decay: true,
-        };
-        let bias = |role, name: &str, length, part: usize, parts: usize, cut| Entry {
-            public_shape: vec![parts * length],
-            public_start: vec![part * length],
-            ..vector(role, at(name) + ".bias", length, cut, Start::Zero)
-        };
-        Unit {
-            kind: Kind::Block(i),
-            entries: vec![
-                conv("q", "attn.c_attn", [c, c], 0, 3, Cut::Rows, normal),
-                conv("k", "attn.c_attn", [c, c], 1, 3, Cut::Rows, normal),
-                conv("v", "attn.c_attn", [c, c], 2, 3, Cut::Rows, normal),
-                conv("o", "attn.c_proj", [c, c], 0, 1, Cut::Columns, residual),
-                conv("up", "mlp.c_fc", [f, c], 0, 1, Cut::Rows, normal),
-                conv("down", "mlp.c_proj", [c, f], 0, 1, Cut::Columns, residual),
-                vector("attention_norm", at("ln_1.weight"), c, Cut::Whole, Start::One),
-                vector("attention_norm_bias", at("ln_1.bias"), c, Cut::Whole, Start::Zero),
-                bias("q_bias", "attn.c_attn", c, 0, 3, Cut::Rows),
-                bias("k_bias", "attn.c_attn", c, 1, 3, Cut::Rows),
-                bias("v_bias", "attn.c_attn", c, 2, 3, Cut::Rows),
-                bias("o_bias", "attn.c_proj", c, 0, 1, Cut::Whole),
-                vector("mlp_norm", at("ln_2.weight"), c, Cut::Whole, Start::One),
-                vector("mlp_norm_bias", at("ln_2.bias"), c, Cut::Whole, Start::Zero),
-                bias("up_bias", "mlp.c_fc", f, 0, 1, Cut::Rows),
-                bias("down_bias", "mlp.c_proj", c, 0, 1, Cut::Whole),
-            ],
-        }
     };
     let mut units = vec![
         Unit { kind: Kind::Embedding, entries: vec![table("embedding", "transformer.wte.weight", v, Cut::Rows)] },
@@ -209,7 +165,7 @@ fn gpt2(model: &Model) -> Vec<Unit> {
             entries: vec![table("positions", "transformer.wpe.weight", model.max_position_embeddings, Cut::Whole)],
         },
     ];
-    units.extend((0..model.num_layers).map(block));
+    units.extend((0..model.num_layers).map(|layer| gpt2_block(model, layer)));
     let norm = vec![
         vector("norm", "transformer.ln_f.weight".to_string(), c, Cut::Whole, Start::One),
         vector("norm_bias", "transformer.ln_f.bias".to_string(), c, Cut::Whole, Start::Zero),
@@ -219,6 +175,52 @@ fn gpt2(model: &Model) -> Vec<Unit> {
     let head = if tied { "transformer.wte.weight" } else { "lm_head.weight" };
     units.push(Unit { kind: Kind::Head { tied }, entries: vec![table("head", head, v, Cut::Rows)] });
     units
+}
+
+fn gpt2_block(model: &Model, layer: usize) -> Unit {
+    let (c, f) = (model.hidden_size, model.intermediate_size);
+    let normal = Start::Normal(model.init_std);
+    // Radford et al. 2019: what is added to the residual stream starts smaller, by the number of such additions.
+    let residual = Start::Normal(model.init_std / (2.0 * model.num_layers as f64).sqrt());
+    let at = |name: &str| format!("transformer.h.{layer}.{name}");
+    // `part` of `parts` equal column ranges of a public [in, parts * out] tensor.
+    let conv = |role, name: &str, [out, inner]: [usize; 2], part: usize, parts: usize, cut, start| Entry {
+        role,
+        name: at(name) + ".weight",
+        public_shape: vec![inner, parts * out],
+        public_start: vec![0, part * out],
+        transposed: true,
+        dims: vec![out, inner],
+        cut,
+        start,
+        decay: true,
+    };
+    let bias = |role, name: &str, length, part: usize, parts: usize, cut| Entry {
+        public_shape: vec![parts * length],
+        public_start: vec![part * length],
+        ..vector(role, at(name) + ".bias", length, cut, Start::Zero)
+    };
+    Unit {
+        kind: Kind::Block(layer),
+        entries: vec![
+            conv("q", "attn.c_attn", [c, c], 0, 3, Cut::Rows, normal),
+            conv("k", "attn.c_attn", [c, c], 1, 3, Cut::Rows, normal),
+            conv("v", "attn.c_attn", [c, c], 2, 3, Cut::Rows, normal),
+            conv("o", "attn.c_proj", [c, c], 0, 1, Cut::Columns, residual),
+            conv("up", "mlp.c_fc", [f, c], 0, 1, Cut::Rows, normal),
+            conv("down", "mlp.c_proj", [c, f], 0, 1, Cut::Columns, residual),
+            vector("attention_norm", at("ln_1.weight"), c, Cut::Whole, Start::One),
+            vector("attention_norm_bias", at("ln_1.bias"), c, Cut::Whole, Start::Zero),
+            bias("q_bias", "attn.c_attn", c, 0, 3, Cut::Rows),
+            bias("k_bias", "attn.c_attn", c, 1, 3, Cut::Rows),
+            bias("v_bias", "attn.c_attn", c, 2, 3, Cut::Rows),
+            bias("o_bias", "attn.c_proj", c, 0, 1, Cut::Whole),
+            vector("mlp_norm", at("ln_2.weight"), c, Cut::Whole, Start::One),
+            vector("mlp_norm_bias", at("ln_2.bias"), c, Cut::Whole, Start::Zero),
+            bias("up_bias", "mlp.c_fc", f, 0, 1, Cut::Rows),
+            bias("down_bias", "mlp.c_proj", c, 0, 1, Cut::Whole),
+        ],
+    }
 }
 
 fn vector(role: &'static str, name: String, length: usize, cut: Cut, start: Start) -> Entry {
