@@ -111,6 +111,9 @@ struct PlanArguments {
     /// Print JSON
     #[arg(long)]
     json: bool,
+    /// Draw the schedule: time from left to right, a row for each pipeline rank
+    #[arg(long, value_name = "FILE")]
+    svg: Option<PathBuf>,
 }
 
 #[derive(Args)]
@@ -205,7 +208,7 @@ fn launch(arguments: LaunchArguments) -> Result<ExitCode> {
     if let Command::Train(configured) = Cli::parse_from(words).command {
         Config::load(&configured.config, &configured.overrides)?;
     }
-    let program = std::env::current_exe().context("finding this program's own file")?;
+    let program = identity::program()?;
     let code = supervisor::launch(arguments.options, &program, &arguments.command)?;
     Ok(ExitCode::from(u8::try_from(code).unwrap_or(FAILED)))
 }
@@ -228,6 +231,9 @@ fn plan(arguments: &PlanArguments) -> Result<ExitCode> {
     let least = parallel.tp * parallel.pp * parallel.dp_replicate * parallel.dp_shard.max(1) as usize;
     let world = arguments.world.map_or(least, |world| world as usize);
     let plan = Plan::new(&config, world, None).map_err(|problems| Problems { source, problems })?;
+    if let Some(file) = &arguments.svg {
+        std::fs::write(file, forecast::svg(&plan)).with_context(|| format!("writing {}", file.display()))?;
+    }
     if arguments.json { print(&format!("{:#}\n", forecast::json(&config, &plan)?)) } else { print(&forecast::text(&config, &plan)?) }
 }
 

@@ -24,6 +24,11 @@ pub fn environment() -> Environment {
     std::env::vars_os().map(|(name, value)| (name.to_string_lossy().into_owned(), value.to_string_lossy().into_owned())).collect()
 }
 
+/// The file of the program that runs.
+pub fn program() -> Result<PathBuf> {
+    std::env::current_exe().context("finding this program's own file")
+}
+
 /// Whether to color what is printed; `terminal`: whether it goes to one.
 pub fn wants_color(environment: &Environment, terminal: bool) -> bool {
     let set = |name: &str| environment.get(name).is_some_and(|value| !value.is_empty());

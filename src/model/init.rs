@@ -5,7 +5,8 @@
 use crate::plan::catalog::{Start, Unit};
 use crate::plan::layout::Piece;
 use crate::rng::Stream;
-use rayon::prelude::*;
+use rayon::iter::{IndexedParallelIterator, ParallelIterator};
+use rayon::slice::ParallelSliceMut;
 
 /// Elements that one task of the thread pool writes.
 const GRAIN: usize = 1 << 14;

@@ -148,7 +148,7 @@ mod tests {
         let logits = [0.0, f32::ln(3.0), f32::NEG_INFINITY];
         let plain = Sampling { temperature: 1.0, top_k: 0, seed: 0 };
         let ones = (0..1000).filter(|i| sample(&logits, plain, *i as f64 / 1000.0) == 1).count();
-        assert_eq!(ones, 750);
+        assert!(ones.abs_diff(750) <= 1, "{ones} of 1000 with probability 3/4");
         assert_eq!(sample(&logits, Sampling { top_k: 1, ..plain }, 0.999), 1);
         assert_eq!(sample(&logits, Sampling { temperature: 0.0, ..plain }, 0.0), 1);
     }

@@ -109,7 +109,7 @@ impl Run<'_> {
             asked = self.one(step)?.stop;
             self.evaluate(step)?;
             let interval = self.config.checkpoint.interval;
-            if (interval > 0 && step % interval == 0) || step == last || asked {
+            if (interval > 0 && step.is_multiple_of(interval)) || step == last || asked {
                 self.save(step)?;
             }
             self.report_saves();
@@ -130,7 +130,7 @@ impl Run<'_> {
 
     fn evaluate(&mut self, step: u64) -> Result<()> {
         let Some(validation) = &mut self.validation else { return Ok(()) };
-        if step % self.config.eval.interval != 0 && step != self.config.train.steps {
+        if !step.is_multiple_of(self.config.eval.interval) && step != self.config.train.steps {
             return Ok(());
         }
         let loss = validation.loss(&mut self.trainer)?;

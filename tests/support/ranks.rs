@@ -44,11 +44,14 @@ impl Trace {
     }
 }
 
+/// Bits of loss and norm of every step, and what the rank holds in the end.
+type Left = (Vec<(u64, u64)>, Vec<Shard>);
+
 /// Trains `steps` steps of `config` on `world` ranks.
 pub fn train(config: &Config, world: usize, steps: u64) -> Trace {
     let plan = Plan::new(config, world, None).unwrap_or_else(|problems| panic!("{problems:#?}"));
     let threads = Transport::Threads(Threads::new(world, Duration::from_secs(120)));
-    let mut outcomes: Vec<(Vec<(u64, u64)>, Vec<Shard>)> = thread::scope(|scope| {
+    let mut outcomes: Vec<Left> = thread::scope(|scope| {
         let ranks: Vec<_> = (0..world)
             .map(|rank| {
                 let (plan, threads) = (plan.clone(), threads.clone());
@@ -66,7 +69,7 @@ pub fn train(config: &Config, world: usize, steps: u64) -> Trace {
     Trace { steps, tensors }
 }
 
-fn one_rank(config: &Config, plan: Plan, transport: &Transport, rank: usize, steps: u64) -> (Vec<(u64, u64)>, Vec<Shard>) {
+fn one_rank(config: &Config, plan: Plan, transport: &Transport, rank: usize, steps: u64) -> Left {
     let device = Device::cpu(1);
     let groups = Groups::connect(transport, &plan.mesh, rank).expect("groups of threads");
     let vocabulary = config.model.vocab_size;
