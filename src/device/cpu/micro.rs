@@ -69,6 +69,8 @@ pub struct Tile {
     pub c: *mut f32,
     pub c_row: usize,
     pub sums: Sums,
+    /// The sum of the lowest exponents in A and B, see `pack`.
+    pub lowest: u32,
 }
 
 /// How the sums of a tile meet what stands in `c`.
@@ -90,8 +92,19 @@ pub struct Micro {
     pub rows: usize,
     /// Columns of one vector.
     pub lanes: usize,
-    run: unsafe fn(usize, usize, &Tile),
+    run: Run,
+    /// For products that may underflow, where `run` does not flush them.
+    careful: Option<Run>,
 }
+
+/// A tile of so many rows and vectors.
+type Run = unsafe fn(usize, usize, &Tile);
+
+/// From this sum of biased exponents on, products of bf16 cannot underflow, nor can their sums: the product of numbers from 2^a and 2^b on
+/// is a multiple of 2^(a + b - 14), sums and roundings keep that, and where it is 2^-126 or more there are no denormal multiples.
+const SAFE: u32 = 127 + 127 - 126 + 14;
+/// A sum that is resumed is a multiple of 2^-126 when it is at least this or zero.
+const SAFE_SUM: f32 = 1.0 / (1u128 << 103) as f32;
 
 /// The most vectors of columns of a tile.
 pub const VECTORS: usize = 3;
@@ -113,15 +126,18 @@ pub fn panel_vectors(panel: usize, count: usize, vectors: usize) -> Range<usize>
 
 impl Micro {
     pub fn new(isa: Isa, dtype: Dtype) -> Micro {
+        let plain = |unit, careful| Micro { unit, rows: 4, lanes: 8, run: tile_portable, careful };
         match (isa, dtype) {
             #[cfg(target_arch = "x86_64")]
-            (Isa::Avx512Bf16, Dtype::Bf16) => Micro { unit: Unit::Pair, rows: 8, lanes: 16, run: tile_avx512_bf16 },
-            (_, Dtype::Bf16) => Micro { unit: Unit::Swapped, rows: 4, lanes: 8, run: tile_flushing },
+            (Isa::Avx512Bf16, Dtype::Bf16) => Micro { unit: Unit::Pair, rows: 8, lanes: 16, run: tile_avx512_bf16, careful: None },
             #[cfg(target_arch = "x86_64")]
-            (Isa::Avx512 | Isa::Avx512Bf16, _) => Micro { unit: Unit::Single, rows: 8, lanes: 16, run: tile_avx512 },
+            (Isa::Avx2 | Isa::Avx512, Dtype::Bf16) => Micro { run: tile_avx2, ..plain(Unit::Swapped, Some(tile_flushing_avx2)) },
+            (_, Dtype::Bf16) => plain(Unit::Swapped, Some(tile_flushing)),
             #[cfg(target_arch = "x86_64")]
-            (Isa::Avx2, _) => Micro { unit: Unit::Single, rows: 4, lanes: 8, run: tile_avx2 },
-            _ => Micro { unit: Unit::Single, rows: 4, lanes: 8, run: tile_portable },
+            (Isa::Avx512 | Isa::Avx512Bf16, _) => Micro { rows: 8, lanes: 16, run: tile_avx512, ..plain(Unit::Single, None) },
+            #[cfg(target_arch = "x86_64")]
+            (Isa::Avx2, _) => Micro { run: tile_avx2, ..plain(Unit::Single, None) },
+            _ => plain(Unit::Single, None),
         }
     }
 
@@ -133,18 +149,34 @@ impl Micro {
     pub unsafe fn run(&self, rows: usize, vectors: usize, tile: &Tile) {
         assert!(rows <= self.rows && (1..=VECTORS).contains(&vectors), "a tile of {rows} rows and {vectors} vectors");
         let (mut tile, mut left) = (*tile, rows);
+        // SAFETY: what the caller vouches for.
+        let run = match self.careful {
+            Some(careful) if tile.lowest < SAFE || unsafe { resumes_low(&tile, rows, vectors * self.lanes) } => careful,
+            _ => self.run,
+        };
         while left > 0 {
             // Powers of two, so that three or four compiled sizes serve every remainder of rows.
             let now = if left == self.rows { left } else { 1 << left.ilog2() };
             // SAFETY: `now` rows from here on are among the rows that the caller vouches for.
             unsafe {
-                (self.run)(now, vectors, &tile);
+                run(now, vectors, &tile);
                 tile.a = tile.a.wrapping_add(now * tile.a_row);
                 tile.c = tile.c.wrapping_add(now * tile.c_row);
             }
             left -= now;
         }
     }
+}
+
+/// Whether a tile resumes sums with bits below 2^-126.
+///
+/// # Safety
+/// As for `Micro::run`.
+unsafe fn resumes_low(tile: &Tile, rows: usize, columns: usize) -> bool {
+    let low = |sum: f32| sum != 0.0 && sum.abs() < SAFE_SUM;
+    // SAFETY: what the caller vouches for.
+    let row = |row: usize| unsafe { std::slice::from_raw_parts(tile.c.add(row * tile.c_row), columns) };
+    tile.sums == Sums::Resume && (0..rows).any(|index| row(index).iter().any(|&sum| low(sum)))
 }
 
 /// A vector of sums and the arithmetic on it.
@@ -490,6 +522,8 @@ macro_rules! sizes {
 
 sizes!(tile_portable: Plain, rows 1 2 4);
 sizes!(tile_flushing: Flushing, rows 1 2 4);
+#[cfg(target_arch = "x86_64")]
+sizes!(#[target_feature(enable = "avx2,fma")] tile_flushing_avx2: Flushing, rows 1 2 4);
 #[cfg(target_arch = "x86_64")]
 sizes!(#[target_feature(enable = "avx2,fma")] tile_avx2: __m256, rows 1 2 4);
 #[cfg(target_arch = "x86_64")]
