@@ -3,7 +3,7 @@
 //! Invariant: the same chains as in `micro`: sums depend on K and on what they resume alone.
 #![allow(unsafe_code)]
 
-use crate::device::cpu::micro::{self, Micro, Sums, Tile};
+use crate::device::cpu::micro::{Micro, Sums, Tile};
 use crate::device::cpu::pack::{ANY, Along, Operand, RowPanels, pack, pack_rows};
 use crate::device::cpu::{Cpu, Isa};
 use crate::dtype::{Dtype, Element};
@@ -39,7 +39,7 @@ impl Blocks {
         let (steps, lanes) = (self.micro.unit.count(k), self.micro.lanes);
         let padded = columns.next_multiple_of(PAD);
         let mut lowest = ANY;
-        for panel in micro::panels(padded / lanes) {
+        for panel in self.micro.panels(padded / lanes) {
             let width = panel.len() * lanes;
             let present = (panel.start * lanes).min(columns)..(panel.end * lanes).min(columns);
             let to = &mut to[panel.start * lanes * steps..][..width * steps];
@@ -65,7 +65,7 @@ impl Blocks {
             lowest = b.lowest + pack_rows(self.isa, panels, a, 0..m, 0..k, &mut scratch[..m * steps]);
         }
         let packed = scratch.as_ptr();
-        for panel in micro::panels(b.columns / lanes).take_while(|panel| panel.start * lanes < n) {
+        for panel in self.micro.panels(b.columns / lanes).take_while(|panel| panel.start * lanes < n) {
             let columns = b.units[panel.start * lanes * b.steps..].as_ptr();
             for row in (0..m).step_by(self.micro.rows) {
                 let rows = self.micro.rows.min(m - row);

@@ -7,7 +7,7 @@
 //! `accumulate` adds one chain for each segment to C, in order.
 #![allow(unsafe_code)]
 
-use crate::device::cpu::micro::{self, COLUMNS, Micro, ROWS, Sums, Tile, Unit, VECTORS};
+use crate::device::cpu::micro::{COLUMNS, Micro, ROWS, Sums, Tile, Unit};
 use crate::device::cpu::pack::{ANY, Along, Operand, RowPanels, pack, pack_rows};
 use crate::device::cpu::{Cpu, Isa, few, vector};
 use crate::dtype::{Dtype, Element};
@@ -25,9 +25,6 @@ const NEAR_UNITS: usize = 1024;
 pub const PASS_ELEMENTS: usize = PASS_UNITS;
 /// Units behind each packed panel, of which the first notes the lowest exponent in it.
 const NOTE_UNITS: usize = 16;
-/// Rows of a task are a multiple of this, the rows of the tallest tile.
-const ROW_STEP: usize = ROWS;
-
 /// A buffer for packed columns of B.
 #[derive(Debug)]
 pub struct Panels(Vec<Line>);
@@ -164,12 +161,12 @@ pub fn accumulate<T: Element>(
 impl<T: Element> Product<'_, T> {
     fn run(&self, cpu: &Cpu, pass: &Pass<'_>) {
         let units = pass.units(self.micro.unit);
-        let width = self.micro.lanes * VECTORS;
+        let width = self.micro.lanes * self.micro.vectors;
         let panels = self.columns.div_ceil(width);
         let slot = units * width + NOTE_UNITS;
         let most = CHUNK_UNITS / slot;
         let chunk = panels.div_ceil(panels.div_ceil(most));
-        let rows_of_task = (BLOCK_UNITS / units / ROW_STEP * ROW_STEP).clamp(ROW_STEP, 128);
+        let rows_of_task = (BLOCK_UNITS / units).clamp(self.micro.rows, 128) / self.micro.rows * self.micro.rows;
         let row_tasks = self.rows.div_ceil(rows_of_task);
         let mut shared = cpu.take_panels();
         for first in (0..panels).step_by(chunk) {
@@ -198,7 +195,7 @@ impl<T: Element> Product<'_, T> {
     /// The columns of a panel of B, and how wide it is packed: whole vectors.
     fn panel_columns(&self, panel: usize) -> (Range<usize>, usize) {
         let (lanes, vectors) = (self.micro.lanes, self.columns.div_ceil(self.micro.lanes));
-        let vectors = micro::panel_vectors(panel, vectors.div_ceil(VECTORS), vectors);
+        let vectors = self.micro.panels(vectors).nth(panel).expect("a panel of this product");
         (vectors.start * lanes..self.columns.min(vectors.end * lanes), vectors.len() * lanes)
     }
 

@@ -146,7 +146,7 @@ pub fn pack_rows<T: Element>(
     let mut lowest = ANY;
     match height {
         8 if across => across_panels::<T, 8>(panels, operand, whole.clone(), ks.clone(), to),
-        4 if across => across_panels::<T, 4>(panels, operand, whole.clone(), ks.clone(), to),
+        6 if across => across_panels::<T, 6>(panels, operand, whole.clone(), ks.clone(), to),
         _ => {
             for (x, to) in whole.clone().step_by(height).zip(to.chunks_mut(height * steps)) {
                 let low = pack(isa, unit, operand, x..x + height, ks.clone(), height, &mut to[first * height..][..filled * height]);
@@ -351,7 +351,7 @@ mod tests {
     fn panels_across_are_panels() {
         let stream = Stream::new(2, "pack");
         let narrow: Vec<bf16> = (0..71 * 71).map(|i| bf16::from_f32(stream.normal(i) as f32)).collect();
-        for (height, along, ks) in [(8, Along::X, 3..20), (8, Along::X, 2..40), (4, Along::X, 0..7), (8, Along::K, 0..9)] {
+        for (height, along, ks) in [(8, Along::X, 3..20), (8, Along::X, 2..40), (6, Along::X, 0..7), (8, Along::K, 0..9)] {
             let operand = Operand { data: &narrow[..], stride: 71, along };
             let units = Unit::Pair.count(ks.len());
             let mut together = vec![0; 37 * units];
