@@ -14,8 +14,8 @@ use ferrotron::rng::Stream;
 use half::bf16;
 use std::hint::black_box;
 
-/// x w^T, dy w and dy^T x, as rows of C, columns of C, length of the sums: the sizes of GPT-2 124M and three squares.
-const MATMULS: [(&str, [usize; 3]); 24] = [
+/// x w^T, dy w and dy^T x (in one sequence, and in sequences of 256 rows), as rows of C, columns of C, length of the sums: the sizes of GPT-2 124M and three squares.
+const MATMULS: [(&str, [usize; 3]); 26] = [
     ("nt", [1024, 1024, 1024]),
     ("nt", [2048, 2048, 2048]),
     ("nt", [1024, 768, 768]),
@@ -36,6 +36,8 @@ const MATMULS: [(&str, [usize; 3]); 24] = [
     ("nt", [4096, 384, 384]),
     ("nn", [4096, 384, 384]),
     ("tn", [4096, 384, 384]),
+    ("tn256", [4096, 384, 384]),
+    ("tn256", [1024, 3072, 768]),
     ("nt", [1, 3072, 768]),
     ("nt", [1, 50304, 768]),
     ("nt", [8, 3072, 768]),
@@ -79,7 +81,8 @@ fn one_matmul(device: &Device, threads: usize, dtype: Dtype, form: &str, [n, o, 
     measure(device, threads, dtype, line, 2.0 * (n * o * i) as f64, || match form {
         "nt" => drop(black_box(matmul::forward(x.view(), w.view(), i))),
         "nn" => drop(black_box(matmul::backward_input(dy.view(), w.view()))),
-        _ => matmul::backward_weight(dw.view_mut(), dy.view(), x.view(), n),
+        "tn" => matmul::backward_weight(dw.view_mut(), dy.view(), x.view(), n),
+        _ => matmul::backward_weight(dw.view_mut(), dy.view(), x.view(), 256),
     });
 }
 

@@ -350,3 +350,27 @@ fn a_dry_run_counts_what_a_real_one_takes() {
         assert_eq!(peak(&device), dry, "{name}");
     }
 }
+
+/// Just below 2^-126: the processor decides after rounding to 24 bits whether a result is too small, so 2^-126 - 2^-151 stays.
+#[test]
+fn bf16_sums_at_the_edge_of_the_denormals() {
+    let edge = 2f32.powi(-63);
+    let mut x = Vec::new();
+    for exponent in [-86, -87, -88, -89, -90] {
+        for fraction in [1.0, 1.0078125, 1.25, 1.5, 1.9921875] {
+            for sign in [-1.0, 1.0] {
+                x.push([bf16::from_f32(sign * fraction * 2f32.powi(exponent)), bf16::from_f32(-sign.signum() * edge)]);
+                x.push([bf16::from_f32(fraction * 2f32.powi(exponent)), bf16::from_f32(sign * edge)]);
+            }
+        }
+    }
+    let n = x.len();
+    let x: Vec<bf16> = x.concat();
+    let w = [edge, edge, 1.5 * edge, edge, edge, -edge, 1.0078125 * edge, 1.0078125 * edge].map(bf16::from_f32);
+    let plain = plain_forward(&x, &w, None, [n, 4, 2], 2);
+    assert!(plain.iter().any(|y| y.to_f32() == 0.0) && plain.iter().any(|y| y.to_f32().abs() == 2f32.powi(-126)));
+    for (name, device) in devices() {
+        let y = matmul::forward(Tensor::from_slice(&device, [n, 2], &x).view(), Tensor::from_slice(&device, [4, 2], &w).view(), 2);
+        assert_same(&y.to_vec::<bf16>(), &plain, &name);
+    }
+}

@@ -8,6 +8,7 @@ pub mod block;
 pub mod columns;
 pub mod few;
 pub mod gemm;
+mod lanes;
 pub mod micro;
 pub mod pack;
 pub mod softmax;

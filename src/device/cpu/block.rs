@@ -3,8 +3,8 @@
 //! Invariant: the same chains as in `micro`: sums depend on K and on what they resume alone.
 #![allow(unsafe_code)]
 
-use crate::device::cpu::micro::{self, Micro, Sums, Tile};
-use crate::device::cpu::pack::{Along, Operand, RowPanels, pack, pack_rows};
+use crate::device::cpu::micro::{Micro, Sums, Tile};
+use crate::device::cpu::pack::{ANY, Along, Operand, RowPanels, pack, pack_rows};
 use crate::device::cpu::{Cpu, Isa};
 use crate::dtype::{Dtype, Element};
 
@@ -38,13 +38,14 @@ impl Blocks {
         b.check(columns, k);
         let (steps, lanes) = (self.micro.unit.count(k), self.micro.lanes);
         let padded = columns.next_multiple_of(PAD);
-        for panel in micro::panels(padded / lanes) {
+        let mut lowest = ANY;
+        for panel in self.micro.panels(padded / lanes) {
             let width = panel.len() * lanes;
             let present = (panel.start * lanes).min(columns)..(panel.end * lanes).min(columns);
             let to = &mut to[panel.start * lanes * steps..][..width * steps];
-            pack(self.isa, self.micro.unit, b, present, 0..k, width, to);
+            lowest = lowest.min(pack(self.isa, self.micro.unit, b, present, 0..k, width, to));
         }
-        Packed { units: &to[..padded * steps], columns: padded, steps }
+        Packed { units: &to[..padded * steps], columns: padded, steps, lowest }
     }
 
     /// C[m, n] from A[m, k] and the first k rows and n columns of `b`. The rows of C are `stride` apart; they are written beyond n, up to
@@ -57,13 +58,14 @@ impl Blocks {
         assert!(b.columns <= stride && sums.len() >= (m - 1) * stride + b.columns, "{} sums for {m} rows of {stride}", sums.len());
         let sums = sums.as_mut_ptr();
         let in_place = k.is_multiple_of(self.micro.unit.elements()) && self.micro.unit.lies_in_memory(T::DTYPE) && a.along == Along::K;
+        let mut lowest = b.lowest + ANY;
         if !in_place {
             assert!(scratch.len() >= m * steps, "{} units of scratch for {m} x {steps}", scratch.len());
             let panels = RowPanels { unit: self.micro.unit, height: self.micro.rows, steps, first: 0 };
-            pack_rows(self.isa, panels, a, 0..m, 0..k, &mut scratch[..m * steps]);
+            lowest = b.lowest + pack_rows(self.isa, panels, a, 0..m, 0..k, &mut scratch[..m * steps]);
         }
         let packed = scratch.as_ptr();
-        for panel in micro::panels(b.columns / lanes).take_while(|panel| panel.start * lanes < n) {
+        for panel in self.micro.panels(b.columns / lanes).take_while(|panel| panel.start * lanes < n) {
             let columns = b.units[panel.start * lanes * b.steps..].as_ptr();
             for row in (0..m).step_by(self.micro.rows) {
                 let rows = self.micro.rows.min(m - row);
@@ -73,7 +75,7 @@ impl Blocks {
                     (packed.wrapping_add(row * steps).cast(), 4, 4 * rows)
                 };
                 let c = sums.wrapping_add(row * stride + panel.start * lanes);
-                let tile = Tile { units: steps, a, a_row, a_unit, b: columns, c, c_row: stride, sums: how };
+                let tile = Tile { units: steps, a, a_row, a_unit, b: columns, c, c_row: stride, sums: how, lowest };
                 // SAFETY: A, B and C have all rows, columns and units of this tile (checked above), and `micro` fits this processor.
                 unsafe { self.micro.run(rows, panel.len(), &tile) };
             }
@@ -87,6 +89,8 @@ pub struct Packed<'a> {
     units: &'a [u32],
     columns: usize,
     steps: usize,
+    /// See `pack`.
+    lowest: u32,
 }
 
 /// Where the sums of a product lie, and what becomes of them.

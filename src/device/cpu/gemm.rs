@@ -7,8 +7,8 @@
 //! `accumulate` adds one chain for each segment to C, in order.
 #![allow(unsafe_code)]
 
-use crate::device::cpu::micro::{self, COLUMNS, Micro, ROWS, Sums, Tile, Unit, VECTORS};
-use crate::device::cpu::pack::{Along, Operand, RowPanels, pack, pack_rows};
+use crate::device::cpu::micro::{COLUMNS, Micro, ROWS, Sums, Tile, Unit};
+use crate::device::cpu::pack::{ANY, Along, Operand, RowPanels, pack, pack_rows};
 use crate::device::cpu::{Cpu, Isa, few, vector};
 use crate::dtype::{Dtype, Element};
 use std::ops::Range;
@@ -23,9 +23,8 @@ const PASS_UNITS: usize = BLOCK_UNITS / ROWS / 2;
 const NEAR_UNITS: usize = 1024;
 /// Elements along K of one pass of `product`: a product of narrow numbers over a longer K needs `waiting` sums.
 pub const PASS_ELEMENTS: usize = PASS_UNITS;
-/// Rows of a task are a multiple of this, the rows of the tallest tile.
-const ROW_STEP: usize = ROWS;
-
+/// Units behind each packed panel, of which the first notes the lowest exponent in it.
+const NOTE_UNITS: usize = 16;
 /// A buffer for packed columns of B.
 #[derive(Debug)]
 pub struct Panels(Vec<Line>);
@@ -162,18 +161,19 @@ pub fn accumulate<T: Element>(
 impl<T: Element> Product<'_, T> {
     fn run(&self, cpu: &Cpu, pass: &Pass<'_>) {
         let units = pass.units(self.micro.unit);
-        let width = self.micro.lanes * VECTORS;
+        let width = self.micro.lanes * self.micro.vectors;
         let panels = self.columns.div_ceil(width);
-        let most = CHUNK_UNITS / (units * width);
+        let slot = units * width + NOTE_UNITS;
+        let most = CHUNK_UNITS / slot;
         let chunk = panels.div_ceil(panels.div_ceil(most));
-        let rows_of_task = (BLOCK_UNITS / units / ROW_STEP * ROW_STEP).clamp(ROW_STEP, 128);
+        let rows_of_task = (BLOCK_UNITS / units).clamp(self.micro.rows, 128) / self.micro.rows * self.micro.rows;
         let row_tasks = self.rows.div_ceil(rows_of_task);
         let mut shared = cpu.take_panels();
         for first in (0..panels).step_by(chunk) {
             let panels = first..panels.min(first + chunk);
-            let buffer = &mut shared.units()[..panels.len() * units * width];
-            cpu.for_rows(buffer, units * width, 1, |index, buffer| {
-                for (panel, to) in (panels.start + index..).zip(buffer.chunks_exact_mut(units * width)) {
+            let buffer = &mut shared.units()[..panels.len() * slot];
+            cpu.for_rows(buffer, slot, 1, |index, buffer| {
+                for (panel, to) in (panels.start + index..).zip(buffer.chunks_exact_mut(slot)) {
                     self.pack_panel(pass, panel, to);
                 }
             });
@@ -184,7 +184,7 @@ impl<T: Element> Product<'_, T> {
                 let rows = row..self.rows.min(row + rows_of_task);
                 let mine = column..panels.end.min(column + panels_of_task);
                 if !mine.is_empty() {
-                    let packed = &buffer[(mine.start - panels.start) * units * width..(mine.end - panels.start) * units * width];
+                    let packed = &buffer[(mine.start - panels.start) * slot..(mine.end - panels.start) * slot];
                     self.task(pass, rows, mine, packed);
                 }
             });
@@ -195,16 +195,17 @@ impl<T: Element> Product<'_, T> {
     /// The columns of a panel of B, and how wide it is packed: whole vectors.
     fn panel_columns(&self, panel: usize) -> (Range<usize>, usize) {
         let (lanes, vectors) = (self.micro.lanes, self.columns.div_ceil(self.micro.lanes));
-        let vectors = micro::panel_vectors(panel, vectors.div_ceil(VECTORS), vectors);
+        let vectors = self.micro.panels(vectors).nth(panel).expect("a panel of this product");
         (vectors.start * lanes..self.columns.min(vectors.end * lanes), vectors.len() * lanes)
     }
 
     fn pack_panel(&self, pass: &Pass<'_>, panel: usize, to: &mut [u32]) {
         let (columns, width) = self.panel_columns(panel);
-        let mut to = to;
+        let (mut to, note) = to.split_at_mut(to.len() - NOTE_UNITS);
+        note[0] = ANY;
         for piece in pass.pieces {
             let (now, later) = to.split_at_mut(self.micro.unit.count(piece.len()) * width);
-            pack(self.isa, self.micro.unit, &self.b, columns.clone(), piece.clone(), width, now);
+            note[0] = note[0].min(pack(self.isa, self.micro.unit, &self.b, columns.clone(), piece.clone(), width, now));
             to = later;
         }
     }
@@ -212,27 +213,28 @@ impl<T: Element> Product<'_, T> {
     /// All tiles of `rows` and `panels`; `packed` holds those panels.
     fn task(&self, pass: &Pass<'_>, rows: Range<usize>, panels: Range<usize>, packed: &[u32]) {
         let units = pass.units(self.micro.unit);
-        let width = self.micro.lanes * VECTORS;
+        let slot = packed.len() / panels.len();
         let mut block;
         assert!(rows.len() * units <= BLOCK_UNITS || self.reads_in_place(pass), "{} rows of {units} units", rows.len());
         let tiles: Vec<Rows> = if self.reads_in_place(pass) {
             let start = |row| self.a.data[self.a.index(row, pass.pieces[0].start)..].as_ptr().cast();
             let row_bytes = self.a.stride * size_of::<T>();
-            self.tiles(&rows).map(|tile| Rows { at: start(tile.start), row: row_bytes, unit: 4, rows: tile }).collect()
+            self.tiles(&rows).map(|tile| Rows { at: start(tile.start), row: row_bytes, unit: 4, rows: tile, lowest: ANY }).collect()
         } else {
             block = [Line([0; 16]); BLOCK_UNITS / 16];
             let to = &mut bytemuck::cast_slice_mut::<Line, u32>(&mut block)[..rows.len() * units];
             let mut panels = RowPanels { unit: self.micro.unit, height: self.micro.rows, steps: units, first: 0 };
+            let mut lowest = ANY;
             for piece in pass.pieces {
-                pack_rows(self.isa, panels, &self.a, rows.clone(), piece.clone(), to);
+                lowest = lowest.min(pack_rows(self.isa, panels, &self.a, rows.clone(), piece.clone(), to));
                 panels.first += self.micro.unit.count(piece.len());
             }
             let start = |row| to[(row - rows.start) * units..].as_ptr().cast();
-            self.tiles(&rows).map(|tile| Rows { at: start(tile.start), row: 4, unit: 4 * tile.len(), rows: tile }).collect()
+            self.tiles(&rows).map(|tile| Rows { at: start(tile.start), row: 4, unit: 4 * tile.len(), rows: tile, lowest }).collect()
         };
         for panel in panels.clone() {
             let (columns, packed_width) = self.panel_columns(panel);
-            let packed = &packed[(panel - panels.start) * units * width..][..units * packed_width];
+            let packed = &packed[(panel - panels.start) * slot..][..slot];
             for tile in &tiles {
                 self.tile(pass, tile, columns.clone(), packed_width, packed);
             }
@@ -266,9 +268,10 @@ impl<T: Element> Product<'_, T> {
             Sink::Write { .. } if pass.resume => Sums::Resume,
             Sink::Write { .. } => Sums::Store,
         };
+        let lowest = a.lowest + packed[packed.len() - NOTE_UNITS];
         let mut near = [0f32; ROWS * COLUMNS];
         let near: *mut f32 = near.as_mut_ptr();
-        let at = Tile { units: 0, a: a.at, a_row: a.row, a_unit: a.unit, b: packed.as_ptr(), c: near, c_row: packed_width, sums };
+        let at = Tile { units: 0, a: a.at, a_row: a.row, a_unit: a.unit, b: packed.as_ptr(), c: near, c_row: packed_width, sums, lowest };
         // SAFETY: packed panels and rows of A hold all units of the pass; C is written in the rows and columns of this tile only, which
         // belong to this task, and in whole vectors only where they exist.
         unsafe {
@@ -318,6 +321,8 @@ struct Rows {
     row: usize,
     unit: usize,
     rows: Range<usize>,
+    /// See `pack`.
+    lowest: u32,
 }
 
 impl Pass<'_> {

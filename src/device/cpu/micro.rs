@@ -10,13 +10,12 @@
 #![allow(unsafe_code)]
 
 use crate::device::cpu::Isa;
+#[cfg(target_arch = "x86_64")]
+use crate::device::cpu::lanes::Dots;
+use crate::device::cpu::lanes::{Flushing, Lanes, Plain};
 use crate::dtype::Dtype;
 #[cfg(target_arch = "x86_64")]
-use std::arch::x86_64::{
-    __m256, __m512, __m512bh, __m512i, _mm256_add_ps, _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_set1_ps, _mm256_setzero_ps,
-    _mm256_storeu_ps, _mm512_add_ps, _mm512_dpbf16_ps, _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_loadu_si512, _mm512_set1_epi32,
-    _mm512_set1_ps, _mm512_setzero_ps, _mm512_storeu_ps,
-};
+use std::arch::x86_64::{__m256, __m512};
 use std::ops::Range;
 
 /// What the units of packed operands hold.
@@ -69,6 +68,8 @@ pub struct Tile {
     pub c: *mut f32,
     pub c_row: usize,
     pub sums: Sums,
+    /// The sum of the lowest exponents in A and B, see `pack`.
+    pub lowest: u32,
 }
 
 /// How the sums of a tile meet what stands in `c`.
@@ -90,39 +91,49 @@ pub struct Micro {
     pub rows: usize,
     /// Columns of one vector.
     pub lanes: usize,
-    run: unsafe fn(usize, usize, &Tile),
+    /// The most vectors of columns of a tile.
+    pub vectors: usize,
+    run: Run,
+    /// For products that may underflow, where `run` does not flush them.
+    careful: Option<Run>,
 }
 
-/// The most vectors of columns of a tile.
-pub const VECTORS: usize = 3;
+/// A tile of so many rows and vectors.
+type Run = unsafe fn(usize, usize, &Tile);
+
+/// From this sum of biased exponents on, products of bf16 cannot underflow, nor can their sums: the product of numbers from 2^a and 2^b on
+/// is a multiple of 2^(a + b - 14), sums and roundings keep that, and where it is 2^-126 or more there are no denormal multiples.
+const SAFE: u32 = 127 + 127 - 126 + 14;
+/// A sum that is resumed is a multiple of 2^-126 when it is at least this or zero.
+const SAFE_SUM: f32 = 1.0 / (1u128 << 103) as f32;
+
 /// The most columns of a tile of any implementation.
 pub const COLUMNS: usize = 48;
 /// The most rows of a tile of any implementation.
 pub const ROWS: usize = 8;
 
-/// The vectors of each panel, when `vectors` vectors are cut into panels of at most `VECTORS`, as even as they can be.
-pub fn panels(vectors: usize) -> impl Iterator<Item = Range<usize>> {
-    let count = vectors.div_ceil(VECTORS);
-    (0..count).map(move |panel| panel_vectors(panel, count, vectors))
-}
-
-/// The vectors of panel `panel` of `count`.
-pub fn panel_vectors(panel: usize, count: usize, vectors: usize) -> Range<usize> {
-    panel * vectors / count..(panel + 1) * vectors / count
-}
-
 impl Micro {
     pub fn new(isa: Isa, dtype: Dtype) -> Micro {
+        // Sixteen registers hold 6 x 2 sums, two vectors of B and a unit of A; 32 hold 8 x 3 sums likewise.
+        let plain = |unit, careful| Micro { unit, rows: 6, lanes: 8, vectors: 2, run: tile_portable, careful };
         match (isa, dtype) {
             #[cfg(target_arch = "x86_64")]
-            (Isa::Avx512Bf16, Dtype::Bf16) => Micro { unit: Unit::Pair, rows: 8, lanes: 16, run: tile_avx512_bf16 },
-            (_, Dtype::Bf16) => Micro { unit: Unit::Swapped, rows: 4, lanes: 8, run: tile_flushing },
+            (Isa::Avx512Bf16, Dtype::Bf16) => Micro { rows: 8, lanes: 16, vectors: 3, run: tile_avx512_bf16, ..plain(Unit::Pair, None) },
             #[cfg(target_arch = "x86_64")]
-            (Isa::Avx512 | Isa::Avx512Bf16, _) => Micro { unit: Unit::Single, rows: 8, lanes: 16, run: tile_avx512 },
+            (Isa::Avx2 | Isa::Avx512, Dtype::Bf16) => Micro { run: tile_avx2, ..plain(Unit::Swapped, Some(tile_flushing_avx2)) },
+            (_, Dtype::Bf16) => plain(Unit::Swapped, Some(tile_flushing)),
             #[cfg(target_arch = "x86_64")]
-            (Isa::Avx2, _) => Micro { unit: Unit::Single, rows: 4, lanes: 8, run: tile_avx2 },
-            _ => Micro { unit: Unit::Single, rows: 4, lanes: 8, run: tile_portable },
+            (Isa::Avx512 | Isa::Avx512Bf16, _) => Micro { rows: 8, lanes: 16, vectors: 3, run: tile_avx512, ..plain(Unit::Single, None) },
+            #[cfg(target_arch = "x86_64")]
+            (Isa::Avx2, _) => Micro { run: tile_avx2, ..plain(Unit::Single, None) },
+            _ => plain(Unit::Single, None),
         }
+    }
+
+    /// The vectors of each panel, when `vectors` vectors are cut into panels that tiles can take, as even as they can be.
+    pub fn panels(&self, vectors: usize) -> impl Iterator<Item = Range<usize>> + use<> {
+        let count = vectors.div_ceil(self.vectors);
+        (0..count).map(move |panel| panel * vectors / count..(panel + 1) * vectors / count)
     }
 
     /// Computes a tile of `rows` rows and `vectors` vectors.
@@ -131,14 +142,19 @@ impl Micro {
     /// `tile` must point at that many rows and columns of operands and sums, and the processor must have the instructions of the `Isa`
     /// that this implementation was made for.
     pub unsafe fn run(&self, rows: usize, vectors: usize, tile: &Tile) {
-        assert!(rows <= self.rows && (1..=VECTORS).contains(&vectors), "a tile of {rows} rows and {vectors} vectors");
+        assert!(rows <= self.rows && (1..=self.vectors).contains(&vectors), "a tile of {rows} rows and {vectors} vectors");
         let (mut tile, mut left) = (*tile, rows);
+        // SAFETY: what the caller vouches for.
+        let run = match self.careful {
+            Some(careful) if tile.lowest < SAFE || unsafe { resumes_low(&tile, rows, vectors * self.lanes) } => careful,
+            _ => self.run,
+        };
         while left > 0 {
             // Powers of two, so that three or four compiled sizes serve every remainder of rows.
             let now = if left == self.rows { left } else { 1 << left.ilog2() };
             // SAFETY: `now` rows from here on are among the rows that the caller vouches for.
             unsafe {
-                (self.run)(now, vectors, &tile);
+                run(now, vectors, &tile);
                 tile.a = tile.a.wrapping_add(now * tile.a_row);
                 tile.c = tile.c.wrapping_add(now * tile.c_row);
             }
@@ -147,23 +163,15 @@ impl Micro {
     }
 }
 
-/// A vector of sums and the arithmetic on it.
-trait Lanes: Copy {
-    type Units: Copy;
-    const WIDTH: usize;
-    unsafe fn zero() -> Self;
-    unsafe fn load(from: *const f32) -> Self;
-    unsafe fn store(self, to: *mut f32);
-    unsafe fn add(self, other: Self) -> Self;
-    /// What a chain that goes on from these sums starts with.
-    #[inline(always)]
-    unsafe fn begin(self) -> Self {
-        self
-    }
-    unsafe fn units(from: *const u32) -> Self::Units;
-    unsafe fn splat(unit: u32) -> Self::Units;
-    /// The next link of the chain.
-    unsafe fn link(self, a: Self::Units, b: Self::Units) -> Self;
+/// Whether a tile resumes sums with bits below 2^-126.
+///
+/// # Safety
+/// As for `Micro::run`.
+unsafe fn resumes_low(tile: &Tile, rows: usize, columns: usize) -> bool {
+    let low = |sum: f32| sum != 0.0 && sum.abs() < SAFE_SUM;
+    // SAFETY: what the caller vouches for.
+    let row = |row: usize| unsafe { std::slice::from_raw_parts(tile.c.add(row * tile.c_row), columns) };
+    tile.sums == Sums::Resume && (0..rows).any(|index| row(index).iter().any(|&sum| low(sum)))
 }
 
 /// Elements of a cache line.
@@ -242,233 +250,9 @@ unsafe fn step<L: Lanes, const R: usize, const V: usize>(sums: &mut [[L; V]; R],
     }
 }
 
-/// Eight f32 in plain Rust.
-#[derive(Clone, Copy)]
-struct Plain([f32; 8]);
-
-impl Lanes for Plain {
-    type Units = [f32; 8];
-    const WIDTH: usize = 8;
-    #[inline(always)]
-    unsafe fn zero() -> Self {
-        Plain([0.0; 8])
-    }
-    #[inline(always)]
-    unsafe fn load(from: *const f32) -> Self {
-        // SAFETY: the caller vouches for eight elements.
-        Plain(unsafe { from.cast::<[f32; 8]>().read_unaligned() })
-    }
-    #[inline(always)]
-    unsafe fn store(self, to: *mut f32) {
-        // SAFETY: the caller vouches for eight elements.
-        unsafe { to.cast::<[f32; 8]>().write_unaligned(self.0) }
-    }
-    #[inline(always)]
-    unsafe fn add(self, other: Self) -> Self {
-        Plain(std::array::from_fn(|lane| self.0[lane] + other.0[lane]))
-    }
-    #[inline(always)]
-    unsafe fn units(from: *const u32) -> [f32; 8] {
-        // SAFETY: the caller vouches for eight units.
-        unsafe { from.cast::<[f32; 8]>().read_unaligned() }
-    }
-    #[inline(always)]
-    unsafe fn splat(unit: u32) -> [f32; 8] {
-        [f32::from_bits(unit); 8]
-    }
-    #[inline(always)]
-    unsafe fn link(self, a: [f32; 8], b: [f32; 8]) -> Self {
-        Plain(std::array::from_fn(|lane| a[lane].mul_add(b[lane], self.0[lane])))
-    }
-}
-
-/// Eight sums of products of bf16, with the flushing of `vdpbf16ps`.
-#[derive(Clone, Copy)]
-struct Flushing([f32; 8]);
-
-impl Lanes for Flushing {
-    type Units = [f32; 8];
-    const WIDTH: usize = 8;
-    #[inline(always)]
-    unsafe fn zero() -> Self {
-        Flushing([0.0; 8])
-    }
-    #[inline(always)]
-    unsafe fn load(from: *const f32) -> Self {
-        // SAFETY: the caller vouches for eight elements.
-        Flushing(unsafe { Plain::load(from) }.0)
-    }
-    #[inline(always)]
-    unsafe fn store(self, to: *mut f32) {
-        // SAFETY: the caller vouches for eight elements.
-        unsafe { Plain(self.0).store(to) }
-    }
-    #[inline(always)]
-    unsafe fn add(self, other: Self) -> Self {
-        Flushing(std::array::from_fn(|lane| self.0[lane] + other.0[lane]))
-    }
-    #[inline(always)]
-    unsafe fn begin(self) -> Self {
-        Flushing(self.0.map(|sum| if sum.is_subnormal() { 0f32.copysign(sum) } else { sum }))
-    }
-    #[inline(always)]
-    unsafe fn units(from: *const u32) -> [f32; 8] {
-        // SAFETY: the caller vouches for eight units.
-        unsafe { Plain::units(from) }
-    }
-    #[inline(always)]
-    unsafe fn splat(unit: u32) -> [f32; 8] {
-        [f32::from_bits(unit); 8]
-    }
-    #[inline(always)]
-    unsafe fn link(self, a: [f32; 8], b: [f32; 8]) -> Self {
-        Flushing(std::array::from_fn(|lane| link_flushing(a[lane], b[lane], self.0[lane])))
-    }
-}
-
-/// One of the two links of a `vdpbf16ps` element: `a` and `b` are bf16 without denormals, `sum` is not denormal.
-///
-/// A result is too small when it is below 2^-126 after rounding to 24 bits, that is when it lies below 2^-126 - 2^-151. The product is
-/// exact in f64 (16 bits), and so is the sum wherever it comes close to that limit.
-#[inline(always)]
-pub fn link_flushing(a: f32, b: f32, sum: f32) -> f32 {
-    const LIMIT: f64 = f32::MIN_POSITIVE as f64 * (1.0 - 1.0 / (1u64 << 25) as f64);
-    let exact = a as f64 * b as f64 + sum as f64;
-    let rounded = a.mul_add(b, sum);
-    if exact.abs() < LIMIT { 0f32.copysign(rounded) } else { rounded }
-}
-
-#[cfg(target_arch = "x86_64")]
-impl Lanes for __m256 {
-    type Units = __m256;
-    const WIDTH: usize = 8;
-    #[inline(always)]
-    unsafe fn zero() -> Self {
-        // SAFETY: only called from functions that have AVX2 and FMA, as all of this impl.
-        unsafe { _mm256_setzero_ps() }
-    }
-    #[inline(always)]
-    unsafe fn load(from: *const f32) -> Self {
-        // SAFETY: the caller vouches for eight elements.
-        unsafe { _mm256_loadu_ps(from) }
-    }
-    #[inline(always)]
-    unsafe fn store(self, to: *mut f32) {
-        // SAFETY: the caller vouches for eight elements.
-        unsafe { _mm256_storeu_ps(to, self) }
-    }
-    #[inline(always)]
-    unsafe fn add(self, other: Self) -> Self {
-        // SAFETY: as for `zero`.
-        unsafe { _mm256_add_ps(self, other) }
-    }
-    #[inline(always)]
-    unsafe fn units(from: *const u32) -> __m256 {
-        // SAFETY: the caller vouches for eight units.
-        unsafe { _mm256_loadu_ps(from.cast()) }
-    }
-    #[inline(always)]
-    unsafe fn splat(unit: u32) -> __m256 {
-        // SAFETY: as for `zero`.
-        unsafe { _mm256_set1_ps(f32::from_bits(unit)) }
-    }
-    #[inline(always)]
-    unsafe fn link(self, a: __m256, b: __m256) -> Self {
-        // SAFETY: as for `zero`.
-        unsafe { _mm256_fmadd_ps(a, b, self) }
-    }
-}
-
-#[cfg(target_arch = "x86_64")]
-impl Lanes for __m512 {
-    type Units = __m512;
-    const WIDTH: usize = 16;
-    #[inline(always)]
-    unsafe fn zero() -> Self {
-        // SAFETY: only called from functions that have AVX-512, as all of this impl.
-        unsafe { _mm512_setzero_ps() }
-    }
-    #[inline(always)]
-    unsafe fn load(from: *const f32) -> Self {
-        // SAFETY: the caller vouches for sixteen elements.
-        unsafe { _mm512_loadu_ps(from) }
-    }
-    #[inline(always)]
-    unsafe fn store(self, to: *mut f32) {
-        // SAFETY: the caller vouches for sixteen elements.
-        unsafe { _mm512_storeu_ps(to, self) }
-    }
-    #[inline(always)]
-    unsafe fn add(self, other: Self) -> Self {
-        // SAFETY: as for `zero`.
-        unsafe { _mm512_add_ps(self, other) }
-    }
-    #[inline(always)]
-    unsafe fn units(from: *const u32) -> __m512 {
-        // SAFETY: the caller vouches for sixteen units.
-        unsafe { _mm512_loadu_ps(from.cast()) }
-    }
-    #[inline(always)]
-    unsafe fn splat(unit: u32) -> __m512 {
-        // SAFETY: as for `zero`.
-        unsafe { _mm512_set1_ps(f32::from_bits(unit)) }
-    }
-    #[inline(always)]
-    unsafe fn link(self, a: __m512, b: __m512) -> Self {
-        // SAFETY: as for `zero`.
-        unsafe { _mm512_fmadd_ps(a, b, self) }
-    }
-}
-
-/// Sixteen sums that take units of two bf16.
-#[cfg(target_arch = "x86_64")]
-#[derive(Clone, Copy)]
-struct Dots(__m512);
-
-#[cfg(target_arch = "x86_64")]
-impl Lanes for Dots {
-    type Units = __m512i;
-    const WIDTH: usize = 16;
-    #[inline(always)]
-    unsafe fn zero() -> Self {
-        // SAFETY: only called from functions that have AVX-512 and its bf16 part, as all of this impl.
-        Dots(unsafe { _mm512_setzero_ps() })
-    }
-    #[inline(always)]
-    unsafe fn load(from: *const f32) -> Self {
-        // SAFETY: the caller vouches for sixteen elements.
-        Dots(unsafe { _mm512_loadu_ps(from) })
-    }
-    #[inline(always)]
-    unsafe fn store(self, to: *mut f32) {
-        // SAFETY: the caller vouches for sixteen elements.
-        unsafe { _mm512_storeu_ps(to, self.0) }
-    }
-    #[inline(always)]
-    unsafe fn add(self, other: Self) -> Self {
-        // SAFETY: as for `zero`.
-        Dots(unsafe { _mm512_add_ps(self.0, other.0) })
-    }
-    #[inline(always)]
-    unsafe fn units(from: *const u32) -> __m512i {
-        // SAFETY: the caller vouches for sixteen units.
-        unsafe { _mm512_loadu_si512(from.cast()) }
-    }
-    #[inline(always)]
-    unsafe fn splat(unit: u32) -> __m512i {
-        // SAFETY: as for `zero`.
-        unsafe { _mm512_set1_epi32(unit.cast_signed()) }
-    }
-    #[inline(always)]
-    unsafe fn link(self, a: __m512i, b: __m512i) -> Self {
-        // SAFETY: as for `zero`; the two types are the same 512 bits.
-        Dots(unsafe { _mm512_dpbf16_ps(self.0, std::mem::transmute::<__m512i, __m512bh>(a), std::mem::transmute::<__m512i, __m512bh>(b)) })
-    }
-}
-
 /// A function that picks the compiled size of a tile, with the instructions that its lanes need.
 macro_rules! sizes {
-    ($(#[$feature:meta])* $name:ident: $lanes:ty, rows $($rows:literal)*) => {
+    ($(#[$feature:meta])* $name:ident: $lanes:ty, $($rows:literal x $vectors:literal)*) => {
         /// # Safety
         /// As for `Micro::run`.
         $(#[$feature])*
@@ -476,11 +260,7 @@ macro_rules! sizes {
             // SAFETY: what the caller vouches for.
             unsafe {
                 match (rows, vectors) {
-                    $(
-                        ($rows, 1) => tile::<$lanes, $rows, 1>(at),
-                        ($rows, 2) => tile::<$lanes, $rows, 2>(at),
-                        ($rows, 3) => tile::<$lanes, $rows, 3>(at),
-                    )*
+                    $(($rows, $vectors) => tile::<$lanes, $rows, $vectors>(at),)*
                     _ => unreachable!("no tile of {rows} rows and {vectors} vectors"),
                 }
             }
@@ -488,11 +268,16 @@ macro_rules! sizes {
     };
 }
 
-sizes!(tile_portable: Plain, rows 1 2 4);
-sizes!(tile_flushing: Flushing, rows 1 2 4);
+sizes!(tile_portable: Plain, 1 x 1 2 x 1 4 x 1 6 x 1 1 x 2 2 x 2 4 x 2 6 x 2);
+sizes!(tile_flushing: Flushing, 1 x 1 2 x 1 4 x 1 6 x 1 1 x 2 2 x 2 4 x 2 6 x 2);
 #[cfg(target_arch = "x86_64")]
-sizes!(#[target_feature(enable = "avx2,fma")] tile_avx2: __m256, rows 1 2 4);
+sizes!(#[target_feature(enable = "avx2,fma")] tile_flushing_avx2: Flushing, 1 x 1 2 x 1 4 x 1 6 x 1 1 x 2 2 x 2 4 x 2 6 x 2);
 #[cfg(target_arch = "x86_64")]
-sizes!(#[target_feature(enable = "avx512f")] tile_avx512: __m512, rows 1 2 4 8);
+sizes!(#[target_feature(enable = "avx2,fma")] tile_avx2: __m256, 1 x 1 2 x 1 4 x 1 6 x 1 1 x 2 2 x 2 4 x 2 6 x 2);
 #[cfg(target_arch = "x86_64")]
-sizes!(#[target_feature(enable = "avx512f,avx512bf16")] tile_avx512_bf16: Dots, rows 1 2 4 8);
+sizes!(#[target_feature(enable = "avx512f")] tile_avx512: __m512, 1 x 1 2 x 1 4 x 1 8 x 1 1 x 2 2 x 2 4 x 2 8 x 2 1 x 3 2 x 3 4 x 3 8 x 3);
+#[cfg(target_arch = "x86_64")]
+sizes!(
+    #[target_feature(enable = "avx512f,avx512bf16")]
+    tile_avx512_bf16: Dots, 1 x 1 2 x 1 4 x 1 8 x 1 1 x 2 2 x 2 4 x 2 8 x 2 1 x 3 2 x 3 4 x 3 8 x 3
+);

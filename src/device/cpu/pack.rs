@@ -60,7 +60,11 @@ impl<'a, T: Element> Operand<'a, T> {
     }
 }
 
-/// Packs the rows `xs` and the elements `ks` along K of `operand` into `panel`, which is `width` wide.
+/// What `pack` says of numbers whose exponents do not matter.
+pub const ANY: u32 = 255;
+
+/// Packs the rows `xs` and the elements `ks` along K of `operand` into `panel`, which is `width` wide. Returns, for `Unit::Swapped`, the
+/// lowest biased exponent of a number that is not zero.
 pub fn pack<T: Element>(
     isa: Isa,
     unit: Unit,
@@ -69,10 +73,11 @@ pub fn pack<T: Element>(
     ks: Range<usize>,
     width: usize,
     panel: &mut [u32],
-) {
+) -> u32 {
     assert!(xs.len() <= width && panel.len() == unit.count(ks.len()) * width, "{xs:?} x {ks:?} into {} units", panel.len());
     if xs.is_empty() || ks.is_empty() {
-        return panel.fill(0);
+        panel.fill(0);
+        return ANY;
     }
     let whole = match unit {
         Unit::Pair => ks.len() / 2,
@@ -80,6 +85,7 @@ pub fn pack<T: Element>(
     };
     let (fast, rest) = panel.split_at_mut(whole * width);
     let wide = isa >= Isa::Avx512;
+    let mut lowest = ANY;
     match (unit, T::DTYPE, operand.along) {
         #[cfg(target_arch = "x86_64")]
         (Unit::Single, Dtype::F32, Along::K) | (Unit::Pair, Dtype::Bf16, Along::K) if wide => {
@@ -106,11 +112,12 @@ pub fn pack<T: Element>(
                 unsafe { interleave_avx512(even, odd, to) }
             }
         }
-        _ => plain(unit, operand, xs.clone(), ks.clone(), width, fast),
+        _ => lowest = plain(unit, operand, xs.clone(), ks.clone(), width, fast),
     }
     if unit == Unit::Pair && !rest.is_empty() {
         plain(unit, operand, xs, ks.end - 1..ks.end, width, rest);
     }
+    lowest
 }
 
 /// Panels of rows of A, one after the other: each of `height` rows and `steps` units, the last of as many rows as are left.
@@ -124,24 +131,35 @@ pub struct RowPanels {
 }
 
 /// Packs the rows `xs` and the elements `ks` along K into the panels in `to`, from their step `first` on.
-pub fn pack_rows<T: Element>(isa: Isa, panels: RowPanels, operand: &Operand<'_, T>, xs: Range<usize>, ks: Range<usize>, to: &mut [u32]) {
+pub fn pack_rows<T: Element>(
+    isa: Isa,
+    panels: RowPanels,
+    operand: &Operand<'_, T>,
+    xs: Range<usize>,
+    ks: Range<usize>,
+    to: &mut [u32],
+) -> u32 {
     let RowPanels { unit, height, steps, first } = panels;
     let whole = xs.start..xs.end - xs.len() % height;
     let across = operand.along == Along::X && matches!((unit, T::DTYPE), (Unit::Single, Dtype::F32) | (Unit::Pair, Dtype::Bf16));
     let filled = unit.count(ks.len());
+    let mut lowest = ANY;
     match height {
         8 if across => across_panels::<T, 8>(panels, operand, whole.clone(), ks.clone(), to),
-        4 if across => across_panels::<T, 4>(panels, operand, whole.clone(), ks.clone(), to),
+        6 if across => across_panels::<T, 6>(panels, operand, whole.clone(), ks.clone(), to),
         _ => {
             for (x, to) in whole.clone().step_by(height).zip(to.chunks_mut(height * steps)) {
-                pack(isa, unit, operand, x..x + height, ks.clone(), height, &mut to[first * height..][..filled * height]);
+                let low = pack(isa, unit, operand, x..x + height, ks.clone(), height, &mut to[first * height..][..filled * height]);
+                lowest = lowest.min(low);
             }
         }
     }
     if whole.end < xs.end {
         let left = xs.end - whole.end;
-        pack(isa, unit, operand, whole.end..xs.end, ks, left, &mut to[whole.len() * steps + first * left..][..filled * left]);
+        let to = &mut to[whole.len() * steps + first * left..][..filled * left];
+        lowest = lowest.min(pack(isa, unit, operand, whole.end..xs.end, ks, left, to));
     }
+    lowest
 }
 
 /// How many steps along K are asked for in advance.
@@ -187,14 +205,20 @@ fn across_panels<T: Element, const HEIGHT: usize>(
 }
 
 /// The definition of a packed panel.
-fn plain<T: Element>(unit: Unit, operand: &Operand<'_, T>, xs: Range<usize>, ks: Range<usize>, width: usize, panel: &mut [u32]) {
+fn plain<T: Element>(unit: Unit, operand: &Operand<'_, T>, xs: Range<usize>, ks: Range<usize>, width: usize, panel: &mut [u32]) -> u32 {
     let element = |x: usize, k: usize| if k < ks.end { operand.data[operand.index(x, k)].to_f32() } else { 0.0 };
+    let mut lowest = ANY;
     for (step, to) in panel.chunks_exact_mut(width).enumerate() {
         let (to, padding) = to.split_at_mut(xs.len());
         for (x, to) in xs.clone().zip(to) {
             *to = match unit {
                 Unit::Single => element(x, ks.start + step).to_bits(),
-                Unit::Swapped => without_denormals(element(x, ks.start + (step ^ 1))).to_bits(),
+                Unit::Swapped => {
+                    let bits = without_denormals(element(x, ks.start + (step ^ 1))).to_bits();
+                    // The exponent of zero is 0, which counts as the highest.
+                    lowest = lowest.min((bits >> 23 & 0xff).wrapping_sub(1));
+                    bits
+                }
                 // A bf16 is the upper half of its f32.
                 Unit::Pair => {
                     let k = ks.start + 2 * step;
@@ -204,6 +228,7 @@ fn plain<T: Element>(unit: Unit, operand: &Operand<'_, T>, xs: Range<usize>, ks:
         }
         padding.fill(0);
     }
+    if lowest == ANY { ANY } else { lowest + 1 }
 }
 
 fn without_denormals(x: f32) -> f32 {
@@ -326,7 +351,7 @@ mod tests {
     fn panels_across_are_panels() {
         let stream = Stream::new(2, "pack");
         let narrow: Vec<bf16> = (0..71 * 71).map(|i| bf16::from_f32(stream.normal(i) as f32)).collect();
-        for (height, along, ks) in [(8, Along::X, 3..20), (8, Along::X, 2..40), (4, Along::X, 0..7), (8, Along::K, 0..9)] {
+        for (height, along, ks) in [(8, Along::X, 3..20), (8, Along::X, 2..40), (6, Along::X, 0..7), (8, Along::K, 0..9)] {
             let operand = Operand { data: &narrow[..], stride: 71, along };
             let units = Unit::Pair.count(ks.len());
             let mut together = vec![0; 37 * units];
