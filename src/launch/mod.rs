@@ -2,6 +2,7 @@
 
 pub mod crew;
 pub mod doctor;
+pub mod failure;
 pub mod identity;
 pub mod job;
 pub mod options;

@@ -10,7 +10,7 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde::Serialize;
 use std::fs::{File, OpenOptions};
 use std::io::{IsTerminal, Read, Seek, SeekFrom, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 /// The clock of one step, from before its batch is asked for until its update is done.
@@ -96,25 +96,28 @@ pub struct Facts {
     pub incarnation: u64,
 }
 
+/// Every rank has one; rank 0's speaks for all, the others' only keep a log.
 pub struct Reporter {
     facts: Facts,
-    metrics: File,
+    metrics: Option<File>,
+    log: File,
     bar: Option<ProgressBar>,
     /// Mean seconds of recent steps, for the time that is left.
     pace: Option<f64>,
 }
 
 impl Reporter {
-    /// Appends to `metrics.jsonl` in `run_dir`, which is made if it is not there.
-    pub fn new(run_dir: &Path, facts: Facts) -> Result<Reporter> {
-        std::fs::create_dir_all(run_dir).with_context(|| format!("making the folder {}", run_dir.display()))?;
-        let path = run_dir.join("metrics.jsonl");
-        let metrics = open_metrics(&path).with_context(|| format!("opening {}", path.display()))?;
-        let bar = std::io::stderr().is_terminal().then(|| {
+    /// Appends to `metrics.jsonl` (rank 0) and `log/rank-N.log` in `run_dir`, which are made if they are not there.
+    pub fn new(run_dir: &Path, rank: usize, facts: Facts) -> Result<Reporter> {
+        let logs = run_dir.join("log");
+        std::fs::create_dir_all(&logs).with_context(|| format!("making the folder {}", logs.display()))?;
+        let open = |path: PathBuf| open_lines(&path).with_context(|| format!("opening {}", path.display()));
+        let metrics = if rank == 0 { Some(open(run_dir.join("metrics.jsonl"))?) } else { None };
+        let bar = (rank == 0 && std::io::stderr().is_terminal()).then(|| {
             let style = ProgressStyle::with_template("{bar:20} {msg}").expect("the template is well-formed");
             ProgressBar::with_draw_target(Some(facts.total_steps), ProgressDrawTarget::stderr()).with_style(style)
         });
-        Ok(Reporter { facts, metrics, bar, pace: None })
+        Ok(Reporter { facts, metrics, log: open(logs.join(format!("rank-{rank}.log")))?, bar, pace: None })
     }
 
     /// Ends the step of `clock`: one line of metrics, and the printed line where it is due.
@@ -143,11 +146,18 @@ impl Reporter {
         self.pace = Some(pace);
         let total = self.facts.total_steps;
         let left = pace * total.saturating_sub(report.step) as f64;
-        if let Some(bar) = &self.bar {
-            bar.set_position(report.step);
-            bar.set_message(line(&report, total, left));
-        } else if report.step.is_multiple_of(self.facts.interval) || report.step == total {
-            print_line(&line(&report, total, left));
+        let text = line(&report, total, left);
+        let due = report.step.is_multiple_of(self.facts.interval) || report.step == total;
+        if due {
+            self.log(&text);
+        }
+        match &self.bar {
+            Some(bar) => {
+                bar.set_position(report.step);
+                bar.set_message(text);
+            }
+            None if due && self.metrics.is_some() => print_line(&text),
+            None => {}
         }
         Ok(report)
     }
@@ -161,10 +171,17 @@ impl Reporter {
 
     /// A line between those of the steps.
     pub fn say(&self, text: &str) {
+        self.log(text);
         match &self.bar {
             Some(bar) => bar.println(text),
-            None => print_line(text),
+            None if self.metrics.is_some() => print_line(text),
+            None => {}
         }
+    }
+
+    /// Into this rank's log. A run goes on when the log cannot be written: its numbers are in `metrics.jsonl`.
+    fn log(&self, text: &str) {
+        let _ = writeln!(&self.log, "{text}");
     }
 
     /// Leaves the last state of the bar standing.
@@ -175,14 +192,15 @@ impl Reporter {
     }
 
     fn append(&mut self, line: &impl Serialize) -> Result<()> {
+        let Some(metrics) = &mut self.metrics else { return Ok(()) };
         let mut text = serde_json::to_string(line).context("a line of metrics is plain numbers")?;
         text.push('\n');
-        self.metrics.write_all(text.as_bytes()).context("writing metrics.jsonl")
+        metrics.write_all(text.as_bytes()).context("writing metrics.jsonl")
     }
 }
 
 /// Opens for appending. A last line that a crash cut short is ended, so that it spoils no other.
-fn open_metrics(path: &Path) -> std::io::Result<File> {
+fn open_lines(path: &Path) -> std::io::Result<File> {
     let mut file = OpenOptions::new().create(true).read(true).append(true).open(path)?;
     if file.metadata()?.len() > 0 {
         file.seek(SeekFrom::End(-1))?;
@@ -321,7 +339,7 @@ mod tests {
         std::fs::create_dir_all(&dir).expect("a temporary folder");
         std::fs::write(dir.join("metrics.jsonl"), "{\"step\": 1, \"lo").expect("a torn line");
         let facts = Facts { total_steps: 9, interval: 100, tokens_per_step: 64, flops_per_token: 1.0, peak_flops: None, incarnation: 3 };
-        let mut reporter = Reporter::new(&dir, facts).expect("a writable folder");
+        let mut reporter = Reporter::new(&dir, 0, facts).expect("a writable folder");
         let (loss, lr) = (f64::from(1.1f32) / 3.0, 0.1 + 0.2);
         let step = Step {
             step: 2,

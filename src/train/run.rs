@@ -10,6 +10,7 @@ use crate::config::{Config, DeviceKind};
 use crate::data::loader::Loader;
 use crate::device::Device;
 use crate::dtype::Dtype;
+use crate::launch::failure;
 use crate::launch::identity::Identity;
 use crate::launch::signals::StopRequest;
 use crate::plan::Plan;
@@ -47,8 +48,16 @@ impl From<anyhow::Error> for Failure {
     }
 }
 
-/// Runs this process's rank of the training that `config` describes.
+/// Runs this process's rank of the training that `config` describes. A failure is left in the run's folder too.
 pub fn run(config: &Config, identity: &Identity) -> Result<Ending, Failure> {
+    let ending = run_rank(config, identity);
+    if let Err(Failure::Error(error)) = &ending {
+        failure::record(&config.run.dir, identity, error);
+    }
+    ending
+}
+
+fn run_rank(config: &Config, identity: &Identity) -> Result<Ending, Failure> {
     let device = device(config, identity)?;
     // Before anybody waits for anybody: a layout that cannot be is known at once.
     Plan::new(config, identity.world, None).map_err(Failure::Config)?;
@@ -67,26 +76,24 @@ pub fn run(config: &Config, identity: &Identity) -> Result<Ending, Failure> {
             Some(checkpoint) => resume::load(&mut trainer, checkpoint)?,
             None => resume::start(&mut trainer, config).map(|()| 0)?,
         };
-        let reporter = if identity.rank == 0 {
-            Some(Reporter::new(&config.run.dir, report_facts(config, &trainer.plan, writer.incarnation()))?)
-        } else {
-            None
-        };
-        notes.iter().for_each(|note| say(&reporter, note));
+        let reporter = Reporter::new(&config.run.dir, identity.rank, report_facts(config, &trainer.plan, writer.incarnation()))?;
+        notes.iter().for_each(|note| reporter.say(note));
         let loader = team.first_rank_first(|| corpora::training(config, &trainer))?;
         let validation = team.first_rank_first(|| corpora::validation(config, &trainer))?;
         device.memory().reset_peak();
         Run { config, device: &device, trainer, reporter, writer, stop, loader, validation, saved: None }.train(done)
     });
-    ending.map_err(Failure::Error)
+    ending.map_err(|error: anyhow::Error| {
+        team.fail(&error);
+        Failure::Error(error)
+    })
 }
 
 struct Run<'a> {
     config: &'a Config,
     device: &'a Device,
     trainer: Trainer,
-    /// Rank 0 speaks for all.
-    reporter: Option<Reporter>,
+    reporter: Reporter,
     writer: Writer,
     stop: StopRequest,
     loader: Loader,
@@ -101,7 +108,7 @@ impl Run<'_> {
         let train = &self.config.train;
         let last = train.stop_after.map_or(train.steps, |stop| stop.min(train.steps));
         if done >= last {
-            self.say(&format!("nothing to do: {done} steps are done, and the run ends after {last}"));
+            self.reporter.say(&format!("nothing to do: {done} steps are done, and the run ends after {last}"));
             return Ok(Ending::Done);
         }
         let mut asked = false;
@@ -122,9 +129,7 @@ impl Run<'_> {
         finished.context("the last checkpoint was not written; steps since the one before it would be lost")?;
         self.trainer.groups.world.barrier()?;
         let stopped = asked && self.saved != Some(last);
-        if let Some(reporter) = self.reporter.take() {
-            reporter.finish();
-        }
+        self.reporter.finish();
         Ok(if stopped { Ending::Stopped } else { Ending::Done })
     }
 
@@ -134,10 +139,7 @@ impl Run<'_> {
             return Ok(());
         }
         let loss = validation.loss(&mut self.trainer)?;
-        match &mut self.reporter {
-            Some(reporter) => reporter.evaluation(step, loss),
-            None => Ok(()),
-        }
+        self.reporter.evaluation(step, loss)
     }
 
     fn one(&mut self, step: u64) -> Result<Outcome> {
@@ -147,7 +149,7 @@ impl Run<'_> {
         let outcome = self.trainer.step(step - 1, &batch, self.stop.made())?;
         if !outcome.applied {
             let name = outcome.overflow.as_deref().unwrap_or("the loss");
-            self.say(&format!("step {step} is skipped: the gradient of {name} is not finite"));
+            self.reporter.say(&format!("step {step} is skipped: the gradient of {name} is not finite"));
         }
         let line = Step {
             step,
@@ -160,14 +162,8 @@ impl Run<'_> {
             loss_scale: (self.config.train.dtype == Dtype::F16).then_some(outcome.loss_scale),
             skipped: !outcome.applied,
         };
-        if let Some(reporter) = &mut self.reporter {
-            reporter.step(line, &clock)?;
-        }
+        self.reporter.step(line, &clock)?;
         Ok(outcome)
-    }
-
-    fn say(&self, text: &str) {
-        say(&self.reporter, text);
     }
 
     fn save(&mut self, step: u64) -> Result<()> {
@@ -177,7 +173,7 @@ impl Run<'_> {
         if !self.config.checkpoint.asynchronous {
             // A save that fails does not end the run.
             if let Err(error) = self.writer.finish() {
-                self.say(&format!("{error:#}; training goes on"));
+                self.reporter.say(&format!("{error:#}; training goes on"));
             }
         }
         Ok(())
@@ -187,18 +183,12 @@ impl Run<'_> {
         while let Some(outcome) = self.writer.outcome() {
             match outcome.result {
                 Ok(saved) => {
-                    self.say(&format!("saved step {} to {}", outcome.step, saved.folder.display()));
-                    saved.warnings.iter().for_each(|warning| self.say(warning));
+                    self.reporter.say(&format!("saved step {} to {}", outcome.step, saved.folder.display()));
+                    saved.warnings.iter().for_each(|warning| self.reporter.say(warning));
                 }
-                Err(error) => self.say(&format!("step {} was not saved: {error:#}; training goes on", outcome.step)),
+                Err(error) => self.reporter.say(&format!("step {} was not saved: {error:#}; training goes on", outcome.step)),
             }
         }
-    }
-}
-
-fn say(reporter: &Option<Reporter>, text: &str) {
-    if let Some(reporter) = reporter {
-        reporter.say(text);
     }
 }
 

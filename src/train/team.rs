@@ -58,6 +58,13 @@ impl Team {
         }
     }
 
+    /// Tells the other ranks why this one gives up, so that they need not find out by waiting.
+    pub fn fail(&self, error: &anyhow::Error) {
+        if let Some(world) = &self.world {
+            world.store.fail(&format!("rank {}: {error:#}", self.rank));
+        }
+    }
+
     /// Rank 0 does `work`; all ranks get what came of it.
     pub fn decide<T: Serialize + DeserializeOwned>(&self, work: impl FnOnce() -> Result<T>) -> Result<T> {
         if self.rank == 0 {
