@@ -20,6 +20,7 @@ use crate::device::cpu::{Cpu, Isa};
 use crate::device::tensor::{Tensor, View};
 use crate::dispatch;
 use crate::dtype::{Dtype, Element};
+use crate::ops::functions;
 use std::ops::Range;
 
 /// Rows of queries that are computed together.
@@ -286,7 +287,7 @@ impl<'a, T: Element> Attention<'a, T> {
             for (row, q) in queries.rows.clone().enumerate() {
                 let (state, to) = (index * QUERIES + row, q - part.rows.start);
                 vector::scaled(self.isa, &totals[state * width..][..dim], 1.0 / sums[state], part.o[head].row(to));
-                part.lse[head].row(to)[0] = maxima[state] + sums[state].ln();
+                part.lse[head].row(to)[0] = maxima[state] + functions::ln(sums[state] as f64) as f32;
             }
         }
     }
