@@ -237,6 +237,25 @@ fn shared_heads() {
     compare("heads", &sharing_heads(), &SHARING);
 }
 
+/// What a copied head learns is what the one head would have learnt, up to rounding.
+#[test]
+fn shared_heads_learn_what_one_would() {
+    for model in [&SHARING[0], &SHARING[2]] {
+        let trace = |shards: usize| {
+            let mut config = PLAIN.config(model);
+            config.geometry.shards = shards;
+            train(&config, 1, STEPS).steps
+        };
+        let whole = trace(1);
+        for shards in [4, 8] {
+            for ((loss, norm), (other_loss, other_norm)) in whole.iter().zip(trace(shards)) {
+                let apart = |a: u64, b: u64| (f64::from_bits(a) - f64::from_bits(b)).abs() / f64::from_bits(a);
+                assert!(apart(*loss, other_loss) < 1e-5 && apart(*norm, other_norm) < 1e-5, "{} over {shards} shards", model.name);
+            }
+        }
+    }
+}
+
 #[test]
 fn every_schedule() {
     compare("schedule", &schedules(), &MODELS[..2]);
