@@ -30,6 +30,14 @@ const MODELS: [Model; 4] = [
     Model { name: "gpt2 bf16", family: "gpt2", kv_heads: 8, tied: true, dtype: "bf16", vocabulary: 96 },
 ];
 
+/// Fewer kv heads than virtual shards: neighbouring shards share them, on one rank and on several.
+const SHARING: [Model; 4] = [
+    Model { name: "llama kv 2 f32", family: "llama", kv_heads: 2, tied: false, dtype: "f32", vocabulary: 97 },
+    Model { name: "llama kv 2 bf16", family: "llama", kv_heads: 2, tied: true, dtype: "bf16", vocabulary: 96 },
+    Model { name: "llama kv 1 f32", family: "llama", kv_heads: 1, tied: true, dtype: "f32", vocabulary: 96 },
+    Model { name: "llama kv 1 bf16", family: "llama", kv_heads: 1, tied: false, dtype: "bf16", vocabulary: 97 },
+];
+
 #[derive(Clone, Copy)]
 struct Layout {
     replicate: usize,
@@ -183,12 +191,30 @@ fn streams_and_geometries() -> Vec<Layout> {
     layouts
 }
 
+fn sharing_heads() -> Vec<Layout> {
+    let mut layouts = Vec::new();
+    for (tp, sequence) in [(2, true), (4, true), (8, true), (2, false), (4, false), (8, false)] {
+        layouts.push(Layout { tp, sequence, ..PLAIN });
+    }
+    for sequence in [true, false] {
+        for (tp, finer) in [(1, 4), (1, 8), (2, 2), (2, 4), (4, 2)] {
+            layouts.push(Layout { tp, finer, sequence, ..PLAIN });
+        }
+        layouts.push(Layout { tp: 2, finer: 2, shard: 2, zero: 3, micro: 2, sequence, ..PLAIN });
+        layouts.push(Layout { tp: 4, shard: 2, zero: 2, order: "rows", recompute: "full", sequence, ..PLAIN });
+        layouts.push(Layout { tp: 2, finer: 2, replicate: 2, zero: 0, order: "rows", sequence, ..PLAIN });
+        layouts.push(Layout { tp: 4, pp: 2, schedule: "zero_bubble", recompute: "selective", sequence, ..PLAIN });
+        layouts.push(Layout { tp: 2, finer: 4, pp: 2, schedule: "interleaved", chunks: 2, sequence, ..PLAIN });
+    }
+    layouts
+}
+
 fn compare(kind: &str, layouts: &[Layout], models: &[Model]) {
     let mut references = References::default();
     let mut failures = Vec::new();
     let mut compared = 0;
     for model in models {
-        for layout in layouts.iter().filter(|layout| model.kv_heads % (layout.tp * layout.finer) == 0) {
+        for layout in layouts {
             let begun = Instant::now();
             let difference = train(&layout.config(model), layout.world(), STEPS).difference(references.of(model, layout));
             let verdict = difference.as_deref().unwrap_or("equal");
@@ -204,6 +230,30 @@ fn compare(kind: &str, layouts: &[Layout], models: &[Model]) {
 #[test]
 fn every_mesh_up_to_eight_ranks() {
     compare("mesh", &meshes(), &MODELS);
+}
+
+#[test]
+fn shared_heads() {
+    compare("heads", &sharing_heads(), &SHARING);
+}
+
+/// What a copied head learns is what the one head would have learnt, up to rounding.
+#[test]
+fn shared_heads_learn_what_one_would() {
+    for model in [&SHARING[0], &SHARING[2]] {
+        let trace = |shards: usize| {
+            let mut config = PLAIN.config(model);
+            config.geometry.shards = shards;
+            train(&config, 1, STEPS).steps
+        };
+        let whole = trace(1);
+        for shards in [4, 8] {
+            for ((loss, norm), (other_loss, other_norm)) in whole.iter().zip(trace(shards)) {
+                let apart = |a: u64, b: u64| (f64::from_bits(a) - f64::from_bits(b)).abs() / f64::from_bits(a);
+                assert!(apart(*loss, other_loss) < 1e-5 && apart(*norm, other_norm) < 1e-5, "{} over {shards} shards", model.name);
+            }
+        }
+    }
 }
 
 #[test]

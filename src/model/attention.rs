@@ -31,8 +31,9 @@ pub struct Tokens<'a> {
 
 pub struct Attention {
     pub norm: Norm,
-    pub qkv: [ParamId; 3],
-    pub qkv_bias: Option<[ParamId; 3]>,
+    /// Queries, keys and values, of which there may be a copy for each virtual shard.
+    pub qkv: Vec<ParamId>,
+    pub qkv_bias: Option<Vec<ParamId>>,
     pub o: ParamId,
     pub o_bias: Option<ParamId>,
     pub region: Region,
@@ -64,9 +65,9 @@ impl Attention {
         let (normed, stats) = self.norm.forward(w, x.view());
         let normed = Arc::new(normed);
         let entered = self.region.enter(&normed, tokens.t)?;
-        let mut qkv = match self.qkv_bias {
+        let mut qkv = match &self.qkv_bias {
             None => matmul::forward(entered.view(), w.stack(&self.qkv), matmul::WHOLE),
-            Some(bias) => matmul::forward_bias(entered.view(), w.stack(&self.qkv), w.stack(&bias), matmul::WHOLE),
+            Some(bias) => matmul::forward_bias(entered.view(), w.stack(&self.qkv), w.stack(bias), matmul::WHOLE),
         };
         drop(entered);
         if let Some(table) = tokens.rope {
@@ -102,12 +103,13 @@ impl Attention {
         let entered = self.region.enter(&normed, t)?;
         drop(normed);
         let dqkv = Arc::new(dqkv);
-        if let Some(bias) = self.qkv_bias {
-            g.add_biases(&bias, &dqkv, t);
+        if let Some(bias) = &self.qkv_bias {
+            g.add_biases(bias, &dqkv, t);
         }
         g.add_matrices(&self.qkv, &dqkv, &entered, t);
         drop(entered);
-        let stacked = self.qkv.map(|id| w.get(id).shape()[0]).map(|rows| (rows, rows / self.region.share().local()));
+        let Heads { query, kv, dim } = self.heads;
+        let stacked = [query, kv, kv].map(|heads| (heads * dim, heads * dim / self.region.share().local()));
         let dnormed = self.region.column_parallel_backward(dqkv.view(), w.stack(&self.qkv), &stacked);
         drop(dqkv);
         let dnormed = self.region.enter_backward(dnormed, t)?;

@@ -78,12 +78,13 @@ fn block(plan: &Plan, layout: &UnitLayout, unit: usize, region: &Region) -> Bloc
     let share = region.share();
     let find = |role: &str| layout.find(role);
     let norm = |role: &str| Norm::new(layout, role, model.norm_eps);
-    let heads = Heads { query: share.range(model.num_heads).len(), kv: share.range(model.num_kv_heads).len(), dim: model.head_dim };
+    let heads = Heads { query: share.heads(model.num_heads), kv: share.heads(model.num_kv_heads), dim: model.head_dim };
+    let find_all = |roles: [&str; 3]| roles.iter().flat_map(|role| layout.find_all(role)).collect::<Vec<_>>();
     let biased = model.family == Family::Gpt2;
     let attention = Attention {
         norm: norm("attention_norm"),
-        qkv: ["q", "k", "v"].map(find),
-        qkv_bias: biased.then(|| ["q_bias", "k_bias", "v_bias"].map(find)),
+        qkv: find_all(["q", "k", "v"]),
+        qkv_bias: biased.then(|| find_all(["q_bias", "k_bias", "v_bias"])),
         o: find("o"),
         o_bias: biased.then(|| find("o_bias")),
         region: region.clone(),

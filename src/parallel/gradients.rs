@@ -8,6 +8,7 @@
 //!
 //! Gradients of vectors that are sums over rows of the stream (norms, biases of the stream) are added up for each virtual shard of
 //! the rows apart, and these sums in a tree at the end of a lane: so they are the same whether or not the rows are cut over tp.
+//! Gradients of heads that virtual shards share are added then, too (`copies.rs`).
 //!
 //! Invariant: a unit goes Clean -> Adding -> (Reducing -> Adding)* -> Reducing -> Total -> Clean; every transition is asserted.
 
@@ -16,6 +17,7 @@ use crate::device::Device;
 use crate::device::tensor::{Tensor, View, ViewMut};
 use crate::dtype::Dtype;
 use crate::ops::{elementwise, reduce};
+use crate::parallel::copies;
 use crate::parallel::flat::{Grads, StreamRows};
 use crate::plan::Order;
 use crate::plan::layout::UnitLayout;
@@ -39,6 +41,8 @@ pub struct Rules {
     pub replica: Arc<dyn Group>,
     /// Sums the vectors of a sequence-parallel stream; a group of one where the stream is whole.
     pub stream: Arc<dyn Group>,
+    /// The tensor-parallel ranks, which may share heads.
+    pub tensor: Arc<dyn Group>,
 }
 
 pub struct Gradients {
@@ -97,6 +101,9 @@ impl Gradients {
         if let Some(stream) = self.stream.take() {
             let sum = self.sum.as_mut().expect("the stream is part of a sum");
             fold_stream(sum, stream, rules, layout)?;
+        }
+        if let Some(sum) = &mut self.sum {
+            copies::fold(sum, layout, rules.tensor.as_ref())?;
         }
         if rules.lanes > 1 {
             self.lanes.push((0, self.sum.take().expect("a lane that added something")));

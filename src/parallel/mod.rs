@@ -1,5 +1,6 @@
 //! The ways of being many: tensor, pipeline and ZeRO-sharded data parallelism.
 
+pub mod copies;
 pub mod flat;
 pub mod gradients;
 pub mod pipeline;

@@ -94,6 +94,7 @@ impl Zero {
             shard: groups.shard.clone(),
             replica: groups.replica.clone(),
             stream: if cut_stream { groups.tp.clone() } else { Groups::solo().tp },
+            tensor: groups.tp.clone(),
         };
         let kinds: Vec<Kind> = (0..rank.units.len()).map(|unit| rank.kind(plan, unit)).collect();
         let units = rank.units.iter().zip(&kinds).map(|((_, layout), &kind)| {

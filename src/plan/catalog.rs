@@ -16,6 +16,9 @@ pub enum Cut {
     Rows,
     /// By columns: row-parallel.
     Columns,
+    /// By rows that are this many heads. Where virtual shards are more than heads, neighbouring shards share a head: each computes
+    /// with its own copy of the rows, and the gradient of the head is the sum of its copies'.
+    Heads(usize),
 }
 
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -124,8 +127,8 @@ fn llama(model: &Model) -> Vec<Unit> {
             entries: vec![
                 vector("attention_norm", at("input_layernorm"), c, Cut::Whole, Start::One),
                 matrix("q", at("self_attn.q_proj"), [q, c], Cut::Rows),
-                matrix("k", at("self_attn.k_proj"), [kv, c], Cut::Rows),
-                matrix("v", at("self_attn.v_proj"), [kv, c], Cut::Rows),
+                matrix("k", at("self_attn.k_proj"), [kv, c], Cut::Heads(model.num_kv_heads)),
+                matrix("v", at("self_attn.v_proj"), [kv, c], Cut::Heads(model.num_kv_heads)),
                 matrix("o", at("self_attn.o_proj"), [c, q], Cut::Columns),
                 vector("mlp_norm", at("post_attention_layernorm"), c, Cut::Whole, Start::One),
                 matrix("gate", at("mlp.gate_proj"), [f, c], Cut::Rows),

@@ -5,7 +5,7 @@
 
 use crate::config::check::{divisors_near, multiples_near};
 use crate::config::source::Problem;
-use crate::config::{Config, SumOrder};
+use crate::config::{Config, Model, SumOrder};
 use crate::plan::mesh::Mesh;
 use crate::plan::schedule::{self, Schedule, text};
 use crate::plan::{Geometry, Order};
@@ -73,17 +73,17 @@ pub fn tensors(config: &Config, mesh: &Mesh, geometry: &Geometry, problems: &mut
     };
     let near = |number: usize| format!("{key} {}", divisors_near(number as u64, shards as u64));
     cut("model.num_heads", model.num_heads, near(model.num_heads));
-    if model.num_kv_heads != model.num_heads && model.num_kv_heads >= shards {
-        cut("model.num_kv_heads", model.num_kv_heads, near(model.num_kv_heads));
+    let kv_heads = model.num_kv_heads;
+    if kv_heads != model.num_heads && kv_heads >= shards {
+        cut("model.num_kv_heads", kv_heads, near(kv_heads));
     }
     cut("model.intermediate_size", model.intermediate_size, near(model.intermediate_size));
     let longer = multiples_near(shards as u64, train.seq_len as u64);
     cut("train.seq_len", train.seq_len, format!("seq_len {longer}, or {}", near(train.seq_len)));
-    if model.num_kv_heads < shards && model.num_kv_heads != model.num_heads {
-        let kv = model.num_kv_heads;
+    if kv_heads != model.num_heads && kv_heads < shards && !shards.is_multiple_of(kv_heads) {
         let message =
-            format!("`model.num_kv_heads` = {kv} is below {name} = {shards}: a kv head lies on one rank and is not copied to others");
-        problems.push(Problem::new("model.num_kv_heads", message).help(format!("{key} {}", divisors_near(kv as u64, kv as u64))));
+            format!("{name} = {shards} is not a multiple of `model.num_kv_heads` = {kv_heads}: each kv head is shared by as many");
+        problems.push(Problem::new("model.num_kv_heads", message).help(format!("{key} {}", sharers_near(model, shards))));
     }
     let vocabulary = model.vocab_size;
     if shards.saturating_sub(1).saturating_mul(vocabulary.div_ceil(shards)) >= vocabulary {
@@ -212,6 +212,14 @@ fn tree_help(parts_key: &str, leaves_key: &str, leaves: usize, parts: usize) -> 
     if near.is_empty() { leaves_fit } else { format!("{parts_key} {}, or {leaves_fit}", near.join(" or ")) }
 }
 
+/// The numbers of shards around `shards` that share the kv heads evenly.
+fn sharers_near(model: &Model, shards: usize) -> String {
+    let allowed = |shards: &usize| shards.is_multiple_of(model.num_kv_heads) && model.num_heads.is_multiple_of(*shards);
+    let (below, above) = ((1..=shards).rev().find(allowed), (shards..=model.num_heads).find(allowed));
+    let near: Vec<String> = below.into_iter().chain(above).map(|shards| shards.to_string()).collect();
+    near.join(" or ")
+}
+
 /// The powers of two around `number`.
 fn either_power(number: u64) -> String {
     let above = number.next_power_of_two();
@@ -271,7 +279,6 @@ mod tests {
                 "`model.num_heads` = 12 is not a multiple of `parallel.tp` = 8: tp 6 or 12",
                 "`model.intermediate_size` = 100 is not a multiple of `parallel.tp` = 8: tp 5 or 10",
                 "`train.seq_len` = 30 is not a multiple of `parallel.tp` = 8: seq_len 24 or 32, or tp 6 or 10",
-                "`model.num_kv_heads` = 4 is below `parallel.tp` = 8: a kv head lies on one rank and is not copied to others: tp 4",
                 "`parallel.pp` = 8 makes 8 stages, but the model has `model.num_layers` = 6 blocks to share: \
                  pp 6 or less, or num_layers 8 or more",
             ]
@@ -293,6 +300,21 @@ mod tests {
             problems("tp = 2", "", 8),
             ["`train.global_batch_size` = 20 over dp_replicate 1 × dp_shard 4 = 4 ranks is 5 sequences each, not a multiple of \
               `train.micro_batch_size` = 2: micro_batch_size 1 or 5, or global_batch_size 16 or 24"]
+        );
+    }
+
+    #[test]
+    fn kv_heads_are_shared_evenly_or_not_at_all() {
+        assert_eq!(
+            problems("tp = 4", "shards = 4", 4),
+            ["`train.seq_len` = 30 is not a multiple of `parallel.tp` = 4: seq_len 28 or 32, or tp 3 or 5"]
+        );
+        assert_eq!(
+            problems("", "shards = 6", 1),
+            [
+                "`model.intermediate_size` = 100 is not a multiple of `geometry.shards` = 6: shards 5 or 10",
+                "`geometry.shards` = 6 is not a multiple of `model.num_kv_heads` = 4: each kv head is shared by as many: shards 4 or 12"
+            ]
         );
     }
 

@@ -2,8 +2,9 @@
 //!
 //! A unit's matrices come first and its vectors after them, so that what decays is usually one range; within each group the order
 //! is the catalog's, without gaps, so that neighbours can be seen as one taller matrix. The end is padded to a multiple of `align`.
+//! A head that virtual shards share lies there once for each of them, one copy after the other.
 //!
-//! Invariant: the pieces of all ranks tile every public tensor exactly once.
+//! Invariant: the pieces that all ranks answer for tile every public tensor exactly once.
 
 use crate::plan::catalog::{Cut, Entry, Unit};
 use std::ops::Range;
@@ -57,12 +58,28 @@ impl Share {
     pub fn width(&self, length: usize) -> usize {
         length.div_ceil(self.shards)
     }
+
+    /// How many of `heads` heads this rank computes with. Shards that are more than heads have a copy each.
+    pub fn heads(&self, heads: usize) -> usize {
+        if heads < self.shards { self.local() } else { self.range(heads).len() }
+    }
+
+    /// Of `heads` heads, fewer than shards, the one that each local virtual shard has a copy of, and whether it is the first to.
+    fn copies(&self, heads: usize) -> impl Iterator<Item = (usize, bool)> {
+        assert!(self.shards.is_multiple_of(heads), "{heads} heads are shared unevenly by {} shards", self.shards);
+        let sharers = self.shards / heads;
+        (self.rank * self.local()..(self.rank + 1) * self.local()).map(move |shard| (shard / sharers, shard.is_multiple_of(sharers)))
+    }
 }
 
-/// One parameter's place.
+/// One parameter's place, or that of one copy of one of its heads.
 #[derive(Clone, Debug)]
 pub struct Place {
     pub entry: Entry,
+    /// Where virtual shards share heads: which head this is a copy of.
+    pub head: Option<usize>,
+    /// Of all places that hold these numbers, on all tensor-parallel ranks, this one counts.
+    owned: bool,
     /// Where the local part begins in the whole parameter (ours: rows, columns).
     pub start: [usize; 2],
     /// Dims of the local part: `[rows, columns]`, or `[length]` of a vector.
@@ -79,7 +96,22 @@ pub struct UnitLayout {
     pub used: usize,
     /// Elements in all, a multiple of `align`.
     pub numel: usize,
-    tensor_rank: usize,
+    share: Share,
+}
+
+/// A parameter whose heads are shared by virtual shards.
+pub struct Shared<'a> {
+    /// Of the whole model.
+    pub heads: usize,
+    /// The copies of this rank, one for each of its virtual shards, in order.
+    pub copies: &'a [Place],
+}
+
+impl Shared<'_> {
+    /// Elements of one head.
+    pub fn head_length(&self) -> usize {
+        self.copies[0].flat.len()
+    }
 }
 
 impl UnitLayout {
@@ -87,14 +119,46 @@ impl UnitLayout {
         let (matrices, vectors): (Vec<&Entry>, Vec<&Entry>) = unit.entries.iter().partition(|entry| entry.dims.len() == 2);
         let mut places: Vec<Place> = Vec::new();
         for entry in matrices.into_iter().chain(vectors) {
-            let next = places.last().map_or(0, |place| place.flat.end);
-            places.push(Place::new(entry, share, next));
+            let next = |places: &[Place]| places.last().map_or(0, |place| place.flat.end);
+            match entry.cut {
+                Cut::Heads(heads) if heads < share.shards => {
+                    for (head, first) in share.copies(heads) {
+                        places.push(Place::copy(entry, [head, heads], first, next(&places)));
+                    }
+                }
+                _ => places.push(Place::new(entry, share, next(&places))),
+            }
         }
         let used = places.last().map_or(0, |place| place.flat.end);
-        UnitLayout { places, used, numel: used.next_multiple_of(align), tensor_rank: share.rank }
+        UnitLayout { places, used, numel: used.next_multiple_of(align), share }
     }
 
-    /// The index of the parameter with this role.
+    /// The parameters of which this rank holds copies.
+    pub fn shared(&self) -> impl Iterator<Item = Shared<'_>> {
+        let roles = self.places.chunk_by(|a, b| a.entry.role == b.entry.role);
+        roles.filter_map(|copies| match (copies[0].head, copies[0].entry.cut) {
+            (Some(_), Cut::Heads(heads)) => Some(Shared { heads, copies }),
+            _ => None,
+        })
+    }
+
+    /// Elements of all heads, of the whole model, of the parameters of which this rank holds copies.
+    pub fn shared_length(&self) -> usize {
+        self.shared().map(|shared| shared.heads * shared.head_length()).sum()
+    }
+
+    /// Whether some head is shared by virtual shards of different tensor-parallel ranks.
+    pub fn shares_across_ranks(&self) -> bool {
+        self.shared().any(|shared| !self.share.local().is_multiple_of(self.share.shards / shared.heads))
+    }
+
+    /// The indices of all places of the parameter with this role: one, or one for each copy.
+    pub fn find_all(&self, role: &str) -> Vec<usize> {
+        let first = self.find(role);
+        (first..self.places.len()).take_while(|&at| self.places[at].entry.role == role).collect()
+    }
+
+    /// The index of the parameter with this role, or of its first copy.
     pub fn find(&self, role: &str) -> usize {
         self.places.iter().position(|place| place.entry.role == role).unwrap_or_else(|| panic!("the catalog has no {role} in this unit"))
     }
@@ -126,7 +190,7 @@ impl UnitLayout {
         pieces
     }
 
-    /// The boxes of `range` that this rank answers for: of a parameter that all tensor-parallel ranks hold, only the first's count.
+    /// The boxes of `range` that this rank answers for: of a parameter that tensor-parallel ranks hold in common, only the first's count.
     pub fn pieces_owned(&self, range: Range<usize>) -> Vec<Piece> {
         let mut pieces = Vec::new();
         for counted in self.counted(range) {
@@ -139,7 +203,7 @@ impl UnitLayout {
     /// counted on exactly one tensor-parallel rank.
     pub fn counted(&self, range: Range<usize>) -> Vec<Range<usize>> {
         let mut parts: Vec<Range<usize>> = Vec::new();
-        for place in self.places.iter().filter(|place| place.entry.cut != Cut::Whole || self.tensor_rank == 0) {
+        for place in self.places.iter().filter(|place| place.owned) {
             let part = range.start.max(place.flat.start)..range.end.min(place.flat.end);
             if part.is_empty() {
                 continue;
@@ -174,7 +238,7 @@ impl Place {
         let mut start = [0, 0];
         if let Some(dim) = match entry.cut {
             Cut::Whole => None,
-            Cut::Rows => Some(0),
+            Cut::Rows | Cut::Heads(_) => Some(0),
             Cut::Columns => Some(1),
         } {
             let range = share.range(dims[dim]);
@@ -182,7 +246,17 @@ impl Place {
             dims[dim] = range.len();
         }
         let numel: usize = dims.iter().product();
-        Place { entry: entry.clone(), start, dims, flat: at..at + numel }
+        let owned = entry.cut != Cut::Whole || share.rank == 0;
+        Place { entry: entry.clone(), head: None, owned, start, dims, flat: at..at + numel }
+    }
+
+    /// A copy of head `head` of `heads`.
+    fn copy(entry: &Entry, [head, heads]: [usize; 2], owned: bool, at: usize) -> Place {
+        let mut dims = entry.dims.clone();
+        assert_eq!(dims[0] % heads, 0, "{} has {} rows in {heads} heads", entry.name, dims[0]);
+        dims[0] /= heads;
+        let (start, numel) = ([head * dims[0], 0], dims.iter().product::<usize>());
+        Place { entry: entry.clone(), head: Some(head), owned, start, dims, flat: at..at + numel }
     }
 
     fn is_of_stream(&self) -> bool {

@@ -36,11 +36,14 @@ pub fn of_step(plan: &Plan, rank: &RankPlan) -> Traffic {
             zero(&mut tally, plan, rank, kind, layout, passes);
         }
     }
+    let lane_ends = match plan.geometry.order {
+        Order::Lanes => rank.lanes,
+        Order::Rows => rank.micros(),
+    };
+    for (_, layout) in rank.units.iter().filter(|(_, layout)| layout.shares_across_ranks()) {
+        tally.all_reduce(edges.tp, lane_ends as u64, 4 * layout.shared_length() as u64);
+    }
     if plan.sequence_parallel {
-        let lane_ends = match plan.geometry.order {
-            Order::Lanes => rank.lanes,
-            Order::Rows => rank.micros(),
-        };
         for (_, layout) in rank.units.iter().filter(|(_, layout)| layout.stream_length() > 0) {
             tally.all_reduce(edges.tp, lane_ends as u64, 4 * layout.stream_length() as u64);
         }

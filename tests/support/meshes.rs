@@ -13,12 +13,12 @@ pub fn planned() -> impl Strategy<Value = (Config, usize)> {
     let more =
         prop_oneof![Just((1usize, "zero_bubble", 1usize)), Just((2, "zbv", 2)), Just((4, "zero_bubble", 1)), Just((2, "dualpipe_v", 2))];
     let dp = prop_oneof![Just((1usize, 1usize)), Just((1, 2)), Just((2, 1)), Just((2, 4)), Just((1, 3)), Just((3, 1))];
-    let model = (any::<bool>(), any::<bool>(), 30usize..300, 4usize..9, 1usize..4);
+    let model = (any::<bool>(), any::<bool>(), 30usize..300, 4usize..9, 1usize..4, 0u32..4);
     let run = (0u8..4, any::<bool>(), any::<bool>(), 1usize..3, 0usize..3, 0usize..3, 0usize..3);
     (tp, prop_oneof![pp, more], dp, model, run).prop_map(|(tp, (pp, schedule, chunks), (replicate, shard), model, run)| {
-        let (llama, tied, vocab, layers, size) = model;
+        let (llama, tied, vocab, layers, size, sharing) = model;
         let (zero, rows, sequence_parallel, micro, per_lane, finer, recompute) = run;
-        let (family, kv) = if llama { ("llama", "num_kv_heads = 4") } else { ("gpt2", "") };
+        let (family, kv) = if llama { ("llama", format!("num_kv_heads = {}", 8 >> sharing)) } else { ("gpt2", String::new()) };
         let (finer, order) = ([1, 2, 4][finer], if rows { "rows" } else { "lanes" });
         let (shards, lanes) = (tp.max(finer.min(4)), replicate * shard * finer);
         let batch = lanes * micro * (per_lane + 1);
