@@ -8,6 +8,7 @@ use crate::checkpoint::{commit, folder};
 use crate::config::source::Problem;
 use crate::config::{Config, DeviceKind};
 use crate::data::loader::Loader;
+use crate::data::tokenizer::Tokenizer;
 use crate::device::Device;
 use crate::dtype::Dtype;
 use crate::launch::identity::Identity;
@@ -15,6 +16,7 @@ use crate::launch::signals::StopRequest;
 use crate::plan::Plan;
 use crate::plan::budget::{self, Flops};
 use crate::train::evaluate::Validation;
+use crate::train::generate::{self, Sampling};
 use crate::train::report::{Facts, Reporter, Step, StepClock};
 use crate::train::step::{Outcome, Trainer};
 use crate::train::team::Team;
@@ -23,6 +25,9 @@ use anyhow::{Context, Result, bail};
 use std::fs;
 use std::path::Path;
 use std::time::Duration;
+
+/// How the sample at the end of a run is drawn: a little more of what is likely.
+const SAMPLING: Sampling = Sampling { temperature: 0.6, top_k: 0, seed: 0 };
 
 /// How a run came to its end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -120,8 +125,11 @@ impl Run<'_> {
         let finished = self.writer.finish();
         self.report_saves();
         finished.context("the last checkpoint was not written; steps since the one before it would be lost")?;
-        self.trainer.groups.world.barrier()?;
         let stopped = asked && self.saved != Some(last);
+        if !stopped {
+            self.sample()?;
+        }
+        self.trainer.groups.world.barrier()?;
         if let Some(reporter) = self.reporter.take() {
             reporter.finish();
         }
@@ -138,6 +146,26 @@ impl Run<'_> {
             Some(reporter) => reporter.evaluation(step, loss),
             None => Ok(()),
         }
+    }
+
+    /// Shows what the model has learnt to write: rank 0 does, where it has the whole model.
+    fn sample(&mut self) -> Result<()> {
+        let (Some(prompt), Some(reporter)) = (&self.config.eval.sample, &self.reporter) else { return Ok(()) };
+        if !generate::is_whole(&self.trainer.plan) {
+            reporter.say(
+                "no sample: eval.sample needs a rank that has the whole model (tp = 1, pp = 1, zero < 3); `ferrotron generate` has one",
+            );
+            return Ok(());
+        }
+        let tokenizer = Tokenizer::from_name(&self.config.data.tokenizer)?;
+        let mut text = prompt.clone().into_bytes();
+        let sampling = Sampling { seed: self.config.run.seed, ..SAMPLING };
+        generate::speak(&mut self.trainer, &tokenizer, prompt.as_bytes(), self.config.eval.sample_tokens, sampling, &mut |bytes| {
+            text.extend(bytes);
+            Ok(())
+        })?;
+        reporter.say(&format!("what the model makes of {prompt:?}:\n{}", printable(&text)));
+        Ok(())
     }
 
     fn one(&mut self, step: u64) -> Result<Outcome> {
@@ -194,6 +222,12 @@ impl Run<'_> {
             }
         }
     }
+}
+
+/// A model may well sample what would move a terminal's cursor.
+fn printable(text: &[u8]) -> String {
+    let shown = |c: char| if c.is_control() && !matches!(c, '\n' | '\t') { char::REPLACEMENT_CHARACTER } else { c };
+    String::from_utf8_lossy(text).chars().map(shown).collect()
 }
 
 fn say(reporter: &Option<Reporter>, text: &str) {
