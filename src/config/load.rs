@@ -265,7 +265,12 @@ fn checkpoint(mut r: Reader) -> Checkpoint {
 
 fn eval(mut r: Reader, data: &Data) -> Eval {
     let interval = if data.validation.is_empty() { 0 } else { 50 };
-    let eval = Eval { interval: r.whole("interval", COUNT).unwrap_or(interval), steps: r.whole("steps", SOME).unwrap_or(10) };
+    let eval = Eval {
+        interval: r.whole("interval", COUNT).unwrap_or(interval),
+        steps: r.whole("steps", SOME).unwrap_or(10),
+        sample: r.text("sample"),
+        sample_tokens: r.whole("sample_tokens", 1..=1 << 20).unwrap_or(200),
+    };
     r.finish();
     eval
 }

@@ -313,13 +313,18 @@ pub enum Resume {
     Path(PathBuf),
 }
 
-/// `[eval]`: the loss on `data.validation`.
+/// `[eval]`: the loss on `data.validation`, and a look at what the model writes.
 #[derive(Clone, PartialEq, Debug, Serialize)]
 pub struct Eval {
     /// Steps between evaluations; 0: never. Default: 50 where there is `data.validation`, else 0.
     pub interval: u64,
     /// Global batches of one evaluation. Default 10.
     pub steps: u64,
+    /// After the last step, print how the model continues this text. Default: nothing is printed.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub sample: Option<String>,
+    /// New tokens of that sample, at most. Default 200.
+    pub sample_tokens: usize,
 }
 
 /// `[log]`.

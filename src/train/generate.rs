@@ -83,26 +83,45 @@ impl Speaker {
 
     /// Continues `prompt` by up to `count` tokens, whose bytes are given to `show` one after the other; ends early at an end of text.
     pub fn speak(&mut self, prompt: &[u8], count: usize, sampling: Sampling, show: &mut dyn FnMut(&[u8]) -> Result<()>) -> Result<()> {
-        let mut tokens = Vec::new();
-        self.tokenizer.encode(prompt, &mut tokens);
-        if tokens.is_empty() {
-            bail!("--prompt is empty: give the model something to continue");
-        }
-        let stream = Stream::new(sampling.seed, "generate");
-        for index in 0..count {
-            let window = &tokens[tokens.len().saturating_sub(self.trainer.plan.t)..];
-            let logits = self.trainer.stage.logits(&one_row(window))?;
-            let vocabulary = logits.len() / window.len();
-            let token = sample(&logits[logits.len() - vocabulary..], sampling, stream.uniform(index as u64));
-            if Some(token) == self.tokenizer.end_of_text() {
-                break;
-            }
-            tokens.push(token);
-            show(&self.tokenizer.decode(&[token]))?;
-        }
+        speak(&mut self.trainer, &self.tokenizer, prompt, count, sampling, show)?;
         self.device.memory().trim();
         Ok(())
     }
+}
+
+/// Whether this rank alone can say what the model says: all of it is here, and no weights are gathered to be read.
+pub fn is_whole(plan: &Plan) -> bool {
+    let mesh = &plan.mesh;
+    mesh.tp == 1 && mesh.pp == 1 && plan.schedule.placement.chunks == 1 && (plan.zero < 3 || mesh.shard == 1)
+}
+
+/// Continues `prompt` by a model that `is_whole`, as `Speaker::speak` does.
+pub fn speak(
+    trainer: &mut Trainer,
+    tokenizer: &Tokenizer,
+    prompt: &[u8],
+    count: usize,
+    sampling: Sampling,
+    show: &mut dyn FnMut(&[u8]) -> Result<()>,
+) -> Result<()> {
+    let mut tokens = Vec::new();
+    tokenizer.encode(prompt, &mut tokens);
+    if tokens.is_empty() {
+        bail!("the prompt is empty: give the model something to continue");
+    }
+    let stream = Stream::new(sampling.seed, "generate");
+    for index in 0..count {
+        let window = &tokens[tokens.len().saturating_sub(trainer.plan.t)..];
+        let logits = trainer.stage.logits(&one_row(window))?;
+        let vocabulary = logits.len() / window.len();
+        let token = sample(&logits[logits.len() - vocabulary..], sampling, stream.uniform(index as u64));
+        if Some(token) == tokenizer.end_of_text() {
+            break;
+        }
+        tokens.push(token);
+        show(&tokenizer.decode(&[token]))?;
+    }
+    Ok(())
 }
 
 fn one_row(tokens: &[u32]) -> Batch {

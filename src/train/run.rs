@@ -8,6 +8,7 @@ use crate::checkpoint::{commit, folder};
 use crate::config::source::Problem;
 use crate::config::{Config, DeviceKind};
 use crate::data::loader::Loader;
+use crate::data::tokenizer::Tokenizer;
 use crate::device::Device;
 use crate::dtype::Dtype;
 use crate::launch::failure;
@@ -16,6 +17,7 @@ use crate::launch::signals::StopRequest;
 use crate::plan::Plan;
 use crate::plan::budget::{self, Flops};
 use crate::train::evaluate::Validation;
+use crate::train::generate::{self, Sampling};
 use crate::train::report::{Facts, Reporter, Step, StepClock};
 use crate::train::step::{Outcome, Trainer};
 use crate::train::team::Team;
@@ -24,6 +26,9 @@ use anyhow::{Context, Result, bail};
 use std::fs;
 use std::path::Path;
 use std::time::Duration;
+
+/// How the sample at the end of a run is drawn: a little more of what is likely.
+const SAMPLING: Sampling = Sampling { temperature: 0.6, top_k: 0, seed: 0 };
 
 /// How a run came to its end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -127,8 +132,13 @@ impl Run<'_> {
         let finished = self.writer.finish();
         self.report_saves();
         finished.context("the last checkpoint was not written; steps since the one before it would be lost")?;
-        self.trainer.groups.world.barrier()?;
         let stopped = asked && self.saved != Some(last);
+        if stopped {
+            self.reporter.say("stopped on request: started again, the run goes on from here");
+        } else {
+            self.sample()?;
+        }
+        self.trainer.groups.world.barrier()?;
         self.reporter.finish();
         Ok(if stopped { Ending::Stopped } else { Ending::Done })
     }
@@ -140,6 +150,30 @@ impl Run<'_> {
         }
         let loss = validation.loss(&mut self.trainer)?;
         self.reporter.evaluation(step, loss)
+    }
+
+    /// Shows what the model has learnt to write: rank 0 does, where it has the whole model.
+    fn sample(&mut self) -> Result<()> {
+        let Some(prompt) = &self.config.eval.sample else { return Ok(()) };
+        let reporter = &self.reporter;
+        if self.trainer.index() != 0 {
+            return Ok(());
+        }
+        if !generate::is_whole(&self.trainer.plan) {
+            reporter.say(
+                "no sample: eval.sample needs a rank that has the whole model (tp = 1, pp = 1, zero < 3); `ferrotron generate` has one",
+            );
+            return Ok(());
+        }
+        let tokenizer = Tokenizer::from_name(&self.config.data.tokenizer)?;
+        let mut text = prompt.clone().into_bytes();
+        let sampling = Sampling { seed: self.config.run.seed, ..SAMPLING };
+        generate::speak(&mut self.trainer, &tokenizer, prompt.as_bytes(), self.config.eval.sample_tokens, sampling, &mut |bytes| {
+            text.extend(bytes);
+            Ok(())
+        })?;
+        reporter.say(&format!("what the model makes of {prompt:?}:\n{}", printable(&text)));
+        Ok(())
     }
 
     fn one(&mut self, step: u64) -> Result<Outcome> {
@@ -192,6 +226,13 @@ impl Run<'_> {
     }
 }
 
+        if stopped {
+            self.reporter.say("stopped on request: started again, the run goes on from here");
+        } else {
+            self.sample()?;
+        }
+        self.trainer.groups.world.barrier()?;
+        self.reporter.finish();
 fn report_facts(config: &Config, plan: &Plan, incarnation: u64) -> Facts {
     Facts {
         total_steps: config.train.steps,
