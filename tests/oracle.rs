@@ -143,7 +143,7 @@ fn train(config: &Config) -> Run {
         metrics.push(Metrics { loss: outcome.loss, norm: outcome.norm, rate: outcome.rate });
     }
 
-    let shards = trainer.stage.zero.shards();
+    let shards = trainer.stage.zero.shards().expect("a group of one has nothing to wait for");
     let main = if shards.iter().any(|shard| shard.kind == Kind::Master) { Kind::Master } else { Kind::Weights };
     let (mut weights, mut moments) = (Tensors::new(), Tensors::new());
     for shard in shards.iter().filter(|shard| shard.kind == main || [Kind::ExpAvg, Kind::ExpAvgSq].contains(&shard.kind)) {

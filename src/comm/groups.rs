@@ -56,4 +56,9 @@ impl Groups {
     pub fn take_traffic(&self) -> Vec<(&'static str, Traffic)> {
         ["world", "tp", "shard", "replica", "down", "up", "tie"].into_iter().zip(self.meters.iter().map(|meter| meter.take())).collect()
     }
+
+    /// Seconds that this rank has stood still for its groups since the last call; also ends the counts of `take_traffic`.
+    pub fn take_seconds_exposed(&self) -> f64 {
+        self.take_traffic().iter().flat_map(|(_, traffic)| traffic.values()).map(|count| count.seconds_exposed).sum()
+    }
 }

@@ -57,6 +57,11 @@ impl Memory {
         Buffer { memory: memory.clone(), blocks, bytes }
     }
 
+    /// What a buffer of `bytes` counts for: whole blocks.
+    pub fn bytes_taken(bytes: usize) -> usize {
+        bytes.div_ceil(64) * 64
+    }
+
     pub fn bytes_live(&self) -> usize {
         self.lock().bytes_live
     }

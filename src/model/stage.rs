@@ -17,8 +17,8 @@ use crate::parallel::flat::Deferred;
 use crate::parallel::pipeline;
 use crate::parallel::tensor_parallel::Region;
 use crate::parallel::zero::Zero;
-use crate::plan::schedule::Slot;
-use crate::plan::{Plan, RankPlan};
+use crate::plan::schedule::{self, Slot};
+use crate::plan::{Plan, RankPlan, uses};
 use anyhow::Result;
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -39,7 +39,14 @@ pub struct Stage {
     micro_rows: usize,
     dtype: Dtype,
     last_chunk: usize,
+    uses: Uses,
     now: Step,
+}
+
+/// The units whose weights a step uses, in order.
+struct Uses {
+    training: Vec<usize>,
+    evaluating: Vec<usize>,
 }
 
 /// What belongs to the step under way.
@@ -86,6 +93,8 @@ impl Stage {
         let region = Region::new(groups.tp.clone(), rank.share, plan.sequence_parallel);
         let parts = family::parts(plan, rank, &region);
         let rope = family::rope_table(&plan.model, plan.t, device);
+        let actions = &plan.schedule.actions[rank.at.pp];
+        let forward = schedule::forward_only(actions);
         Ok(Stage {
             zero,
             device: device.clone(),
@@ -100,6 +109,7 @@ impl Stage {
             micro_rows: plan.micro_rows(),
             dtype: plan.dtype,
             last_chunk: rank.chunks.len() - 1,
+            uses: Uses { training: uses::of(plan, rank, actions, false), evaluating: uses::of(plan, rank, &forward, true) },
             now: Step::default(),
         })
     }
@@ -107,11 +117,13 @@ impl Stage {
     /// Takes this rank's rows of a step. Every gradient of the step is multiplied with `scale`.
     pub fn begin(&mut self, batch: &Batch, scale: f32) {
         self.now = Step { micros: self.upload(batch), scale, ..Step::default() };
+        self.zero.expect(&self.uses.training);
     }
 
     /// Takes rows to be measured and not learnt from.
     pub fn begin_evaluation(&mut self, batch: &Batch) {
         self.now = Step { micros: self.upload(batch), evaluating: true, ..Step::default() };
+        self.zero.expect(&self.uses.evaluating);
     }
 
     /// The sum of the losses of all tokens that the step has met on this rank.
@@ -128,7 +140,7 @@ impl Stage {
     pub fn logits(&mut self, batch: &Batch) -> Result<Vec<f32>> {
         let before = (self.micro_rows, self.t);
         (self.micro_rows, self.t) = (batch.inputs.len(), batch.seq_len);
-        self.begin_evaluation(batch);
+        self.now = Step { micros: self.upload(batch), evaluating: true, ..Step::default() };
         let x = self.run_blocks(Slot { chunk: 0, micro: 0 }, None)?;
         (self.micro_rows, self.t) = before;
         let head = self.head.as_ref().expect("the whole model is here");
@@ -236,15 +248,14 @@ impl Stage {
         let micro = &self.now.micros[slot.micro];
         let dx = self.region.leave_backward(&Arc::new(dx), self.t)?;
         if let Some(positions) = &self.positions {
-            let (_, mut g) = self.zero.weights_and_grads(positions.unit)?;
+            let mut g = self.zero.grads(positions.unit)?;
             positions.backward(&mut g, dx.view(), micro.positions.view());
         }
         let embedding = self.embedding.as_ref().expect("the first stage has the embedding");
-        let (_, mut g) = self.zero.weights_and_grads(embedding.unit)?;
+        let mut g = self.zero.grads(embedding.unit)?;
         embedding.backward(&mut g, dx.view(), micro.inputs.view());
         let units = [self.positions.as_ref().map(|positions| positions.unit), Some(embedding.unit)];
         for unit in units.into_iter().flatten() {
-            self.zero.release(unit);
             self.zero.added(unit, slot.micro)?;
         }
         Ok(())
@@ -296,7 +307,8 @@ impl Stage {
 impl pipeline::Stage for Stage {
     fn forward(&mut self, slot: Slot, x: Option<Tensor>) -> Result<Option<Tensor>> {
         let y = self.run_blocks(slot, x)?;
-        self.now.bytes_kept_peak = self.now.bytes_kept_peak.max(self.device.memory().bytes_live());
+        let kept = self.device.memory().bytes_live() - self.zero.bytes_visiting();
+        self.now.bytes_kept_peak = self.now.bytes_kept_peak.max(kept);
         if !self.is_last(slot.chunk) {
             return Ok(Some(y));
         }
@@ -318,9 +330,8 @@ impl pipeline::Stage for Stage {
 
     fn backward_weight(&mut self, slot: Slot, reduce: bool) -> Result<()> {
         for (unit, list) in self.now.deferred.remove(&slot).expect("the input's gradient before the weights'") {
-            let (_, mut g) = self.zero.weights_and_grads(unit)?;
+            let mut g = self.zero.grads(unit)?;
             list.into_iter().for_each(|work| work(&mut g));
-            self.zero.release(unit);
             self.added(unit, slot.micro, reduce)?;
         }
         Ok(())

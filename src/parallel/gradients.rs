@@ -55,11 +55,26 @@ pub struct Gradients {
     stream: Option<Tensor>,
     /// Sums of subtrees of this rank's lanes, with their height.
     lanes: Vec<(usize, Tensor)>,
-    reducing: Option<Pending>,
+    reducing: Option<Reducing>,
     /// Where `mine` lies in it is `total_start`.
     total: Option<Tensor>,
     total_start: usize,
     complete: bool,
+}
+
+/// The two halves of a reduction.
+enum Reducing {
+    /// Over the shard group: the whole buffer.
+    OverShards(Pending),
+    /// Over the replicas: the slice; and the whole buffer around it, where that is kept.
+    OverReplicas { slice: Option<Pending>, whole: Option<Tensor> },
+}
+
+impl Rules {
+    /// Whether something follows the end of a reduction over the shard group: a slice stays of a whole buffer, or replicas add up theirs.
+    pub fn goes_on(&self) -> bool {
+        self.shard.size() > 1 && ((self.sliced && !self.keep) || self.replica.size() > 1)
+    }
 }
 
 impl Gradients {
@@ -83,7 +98,8 @@ impl Gradients {
     pub fn adding<'a>(&'a mut self, rules: &Rules, layout: &'a UnitLayout) -> Result<Grads<'a>> {
         assert!(!self.complete, "a gradient arrives after the step's sum is complete");
         if self.reducing.is_some() {
-            self.fold_reduction(rules)?;
+            self.over_replicas(rules)?;
+            self.take_reduction()?;
         }
         let device = &self.device;
         let sum = self.sum.get_or_insert_with(|| device.zeros([layout.numel], Dtype::F32));
@@ -125,14 +141,18 @@ impl Gradients {
         let pending =
             if rules.sliced { rules.shard.reduce_scatter(sum, Reduction::Sum) } else { rules.shard.all_reduce(sum, Reduction::Sum) };
         assert!(self.reducing.is_none(), "one reduction of a unit at a time");
-        self.reducing = Some(pending?);
+        self.reducing = Some(Reducing::OverShards(pending?));
+        if rules.shard.size() == 1 {
+            // A group of one has nothing to wait for.
+            self.over_replicas(rules)?;
+        }
         Ok(())
     }
 
     /// Waits for the last reduction: `mine` is then complete.
-    pub fn finish(&mut self, rules: &Rules) -> Result<()> {
+    pub fn finish(&mut self) -> Result<()> {
         assert!(self.reducing.is_some() && self.sum.is_none(), "a step ends with the reduction of every unit under way");
-        self.fold_reduction(rules)?;
+        self.take_reduction()?;
         self.complete = true;
         Ok(())
     }
@@ -177,34 +197,41 @@ impl Gradients {
         self.lanes.push((height + 1, left));
     }
 
-    /// Takes in the reduction under way.
-    fn fold_reduction(&mut self, rules: &Rules) -> Result<()> {
-        let whole = self.reducing.take().expect("a reduction under way").wait()?;
-        let (start, length) = (self.mine.start, self.mine.len());
-        if rules.keep && rules.replica.size() == 1 {
-            (self.total, self.total_start) = (Some(whole), start);
-            return Ok(());
-        }
-        if rules.keep {
-            let mut whole = whole;
-            let mut mine = self.device.empty([length], Dtype::F32);
-            mine.view_mut().copy_from(whole.view().part(self.mine.clone(), [length]));
-            let mine = rules.replica.all_reduce(mine, Reduction::Sum)?.wait()?;
-            whole.view_mut().part(self.mine.clone(), [length]).copy_from(mine.view());
-            (self.total, self.total_start) = (Some(whole), start);
-            return Ok(());
-        }
-        let mine = if length == self.numel {
-            whole
+    /// Waits for the reduction over the shard group, if one is under way, and starts the one over the replicas.
+    pub fn over_replicas(&mut self, rules: &Rules) -> Result<()> {
+        let Some(Reducing::OverShards(_)) = self.reducing else { return Ok(()) };
+        let Some(Reducing::OverShards(pending)) = self.reducing.take() else { unreachable!("just seen") };
+        let whole = pending.wait()?;
+        let (slice, whole) = if self.mine.len() == self.numel {
+            (Some(whole), None)
+        } else if rules.keep && rules.replica.size() == 1 {
+            (None, Some(whole))
         } else {
-            let mut mine = self.device.empty([length], Dtype::F32);
-            mine.view_mut().copy_from(whole.view().part(self.mine.clone(), [length]));
-            mine
+            let mut slice = self.device.empty([self.mine.len()], Dtype::F32);
+            slice.view_mut().copy_from(whole.view().part(self.mine.clone(), [self.mine.len()]));
+            (Some(slice), rules.keep.then_some(whole))
         };
-        let mine = rules.replica.all_reduce(mine, Reduction::Sum)?.wait()?;
-        match &mut self.total {
-            Some(total) => elementwise::add(total.view_mut(), mine.view()),
-            None => self.total = Some(mine),
+        let slice = slice.map(|slice| rules.replica.all_reduce(slice, Reduction::Sum)).transpose()?;
+        self.reducing = Some(Reducing::OverReplicas { slice, whole });
+        Ok(())
+    }
+
+    /// Adds what was reduced to the step's total.
+    fn take_reduction(&mut self) -> Result<()> {
+        let Some(Reducing::OverReplicas { slice, whole }) = self.reducing.take() else { panic!("a reduction ends over the replicas") };
+        let slice = slice.map(Pending::wait).transpose()?;
+        match (slice, whole) {
+            (slice, Some(mut whole)) => {
+                if let Some(slice) = slice {
+                    whole.view_mut().part(self.mine.clone(), [self.mine.len()]).copy_from(slice.view());
+                }
+                (self.total, self.total_start) = (Some(whole), self.mine.start);
+            }
+            (Some(slice), None) => match &mut self.total {
+                Some(total) => elementwise::add(total.view_mut(), slice.view()),
+                None => self.total = Some(slice),
+            },
+            (None, None) => panic!("a reduction brings a slice or the buffer around it"),
         }
         Ok(())
     }

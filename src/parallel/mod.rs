@@ -6,4 +6,5 @@ pub mod gradients;
 pub mod pipeline;
 pub mod state;
 pub mod tensor_parallel;
+pub mod weights;
 pub mod zero;

@@ -6,7 +6,7 @@ use crate::checkpoint::index::Kind;
 use crate::checkpoint::save::Shard;
 use crate::device::tensor::{Tensor, View};
 use crate::dtype::Dtype;
-use crate::parallel::zero::{UnitState, WeightBuffer, Zero};
+use crate::parallel::zero::{UnitState, Zero};
 use crate::plan::layout::Piece;
 use anyhow::Result;
 
@@ -40,7 +40,10 @@ impl Zero {
             let values = u.read(index, source)?;
             match &mut u.master {
                 Some(master) => master.view_mut().write(&values),
-                None => u.weights_mine_mut().write(&values),
+                None => {
+                    u.weights.settle()?;
+                    u.weights.mine_mut(&u.mine).write(&values);
+                }
             }
         }
         self.spread_weights()
@@ -56,20 +59,21 @@ impl Zero {
     }
 
     /// What this rank answers for in a checkpoint, copied to the host.
-    pub fn shards(&self) -> Vec<Shard> {
+    pub fn shards(&mut self) -> Result<Vec<Shard>> {
+        self.settle()?;
         let mut shards = Vec::new();
         for u in self.units.iter().filter(|u| self.speaks && u.counts()) {
             let pieces = u.pieces(true);
             let [first, second] = u.moments.as_ref().expect("only a tied unit has no moments");
             let mut push = |kind, dtype, x: View<'_>| shards.push(Shard { kind, dtype, pieces: pieces.clone(), bytes: x.to_bytes() });
-            push(Kind::Weights, self.dtype, u.weights_mine());
+            push(Kind::Weights, self.dtype, u.weights.mine(&u.mine));
             if let Some(master) = &u.master {
                 push(Kind::Master, Dtype::F32, master.view());
             }
             push(Kind::ExpAvg, Dtype::F32, first.view());
             push(Kind::ExpAvgSq, Dtype::F32, second.view());
         }
-        shards
+        Ok(shards)
     }
 
     /// The gradients that `finish_reductions` left, as they would lie in a checkpoint. For comparison with a reference.
@@ -93,14 +97,5 @@ impl UnitState {
         let mut values = vec![0.0; self.mine.len()];
         source(index, &self.pieces(false), &mut values)?;
         Ok(values)
-    }
-
-    fn weights_mine(&self) -> View<'_> {
-        let length = self.mine.len();
-        match &self.weights {
-            WeightBuffer::Whole(whole) => whole.view().part(self.mine.clone(), [length]),
-            WeightBuffer::Sharded { mine, .. } => Tensor::view(mine),
-            WeightBuffer::Nothing => panic!("a unit tied to another of this rank has no weights"),
-        }
     }
 }

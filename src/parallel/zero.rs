@@ -7,6 +7,9 @@
 //! | 2     | always        | until reduced          | 1/n             | when asked | after update    |
 //! | 3     | while in use  | until reduced          | 1/n             | when asked | before each use |
 //!
+//! Nothing of this stops the computation where it can be helped: gathers after an update are waited for when the next forward pass
+//! reads the weights; stage 3 gathers one unit ahead of the one in use; reductions run under the backward passes of the units below.
+//!
 //! So the stage is three lifetimes, not four code paths. How gradients are added up is `gradients.rs`. Where the run computes in f32
 //! the master weights *are* the weights.
 //!
@@ -16,19 +19,26 @@ use crate::comm::Group;
 use crate::comm::Reduction;
 use crate::comm::groups::Groups;
 use crate::device::Device;
-use crate::device::tensor::{Tensor, View, ViewMut};
+use crate::device::memory::Memory;
+use crate::device::tensor::Tensor;
 use crate::dtype::Dtype;
 use crate::ops::adamw::{self, Adam};
 use crate::ops::elementwise;
 use crate::ops::reduce::{self, SquareSum};
 use crate::parallel::flat::{Grads, Weights};
 use crate::parallel::gradients::{Gradients, Rules};
+use crate::parallel::weights::{Gathered, WeightBuffer};
 use crate::plan::catalog::Kind;
 use crate::plan::layout::UnitLayout;
 use crate::plan::{Order, Plan, RankPlan};
 use anyhow::Result;
+use std::collections::VecDeque;
 use std::ops::Range;
 use std::sync::Arc;
+
+/// Reductions that run at the same time where each holds a whole buffer: one of a large unit, and one of a small one beside it (the
+/// head and the last norm end together).
+const REDUCTIONS_UNDER_WAY: usize = 2;
 
 pub struct Zero {
     pub(in crate::parallel) units: Vec<UnitState>,
@@ -39,6 +49,10 @@ pub struct Zero {
     stage: usize,
     micros_per_lane: usize,
     rules: Rules,
+    /// Stage 3: units whose whole weights are still to be used, in order. While one is used, the next is gathered.
+    uses: VecDeque<usize>,
+    /// Units whose gradients are being reduced, oldest first.
+    reducing: VecDeque<usize>,
     /// First and last pipeline rank, where a tied embedding lies on both.
     tie: Arc<dyn Group>,
 }
@@ -70,17 +84,6 @@ pub(in crate::parallel) enum Tie {
     },
 }
 
-pub(in crate::parallel) enum WeightBuffer {
-    /// A unit tied to another of this rank has none of its own.
-    Nothing,
-    Whole(Tensor),
-    /// Only `mine`; the whole is there while it is used.
-    Sharded {
-        mine: Tensor,
-        whole: Option<Tensor>,
-    },
-}
-
 impl Zero {
     /// Allocates everything; weights and moments are zero until they are loaded.
     pub fn new(plan: &Plan, rank: &RankPlan, device: &Device, groups: &Groups) -> Zero {
@@ -109,15 +112,31 @@ impl Zero {
             stage: plan.zero,
             micros_per_lane: rank.micros_per_lane,
             rules,
+            uses: VecDeque::new(),
+            reducing: VecDeque::new(),
             tie: groups.tie.clone(),
         }
     }
 
-    /// The unit's weights, whole. Stage 3 gathers them now; other stages already have them.
+    /// The units that are about to be used, in order (`plan/uses.rs`): so stage 3 knows which to gather next.
+    pub fn expect(&mut self, uses: &[usize]) {
+        assert!(self.uses.is_empty(), "units {:?} were to be used and were not", self.uses);
+        if self.stage == 3 {
+            self.uses.extend(uses);
+        }
+    }
+
+    /// The unit's weights, whole. Waits for a gather that is under way; stage 3 starts the next unit's.
     pub fn weights(&mut self, unit: usize) -> Result<Weights<'_>> {
         let owner = self.owner(unit);
         self.gather(owner)?;
         Ok(self.units[owner].view())
+    }
+
+    /// The gradients to add to.
+    pub fn grads(&mut self, unit: usize) -> Result<Grads<'_>> {
+        let UnitState { gradients, layout, .. } = &mut self.units[unit];
+        gradients.adding(&self.rules, layout)
     }
 
     /// The weights, and the gradients to add to.
@@ -132,11 +151,11 @@ impl Zero {
         Ok((first.view(), second.gradients.adding(&self.rules, &second.layout)?))
     }
 
-    /// This pass is done with the unit's weights: stage 3 lets go of what it gathered.
+    /// This pass is done with the unit's weights: stage 3 lets go of what it gathered, unless it is used next.
     pub fn release(&mut self, unit: usize) {
         let owner = self.owner(unit);
-        if let WeightBuffer::Sharded { whole, .. } = &mut self.units[owner].weights {
-            *whole = None;
+        if self.uses.front() != Some(&owner) {
+            self.units[owner].weights.release();
         }
     }
 
@@ -154,14 +173,31 @@ impl Zero {
         }
         if sum_ends {
             u.gradients.reduce(&self.rules)?;
+            self.reducing.retain(|&other| other != unit);
+            self.reducing.push_back(unit);
+            self.bound_reductions()?;
         }
         Ok(sum_ends)
     }
 
+    /// Where the end of a reduction frees memory, or another over the replicas follows it, the oldest is waited for when too many are
+    /// under way. Which, and when, follows from the order of passes alone: a rehearsal frees at the same points.
+    fn bound_reductions(&mut self) -> Result<()> {
+        while self.rules.goes_on() && self.reducing.len() > REDUCTIONS_UNDER_WAY {
+            let oldest = self.reducing.pop_front().expect("more than none");
+            self.units[oldest].gradients.over_replicas(&self.rules)?;
+        }
+        Ok(())
+    }
+
     /// Waits for all reductions, and adds the gradients of tied units.
     pub fn finish_reductions(&mut self) -> Result<()> {
+        // In the order in which they were started: none is waited for while an older one could go on.
+        while let Some(oldest) = self.reducing.pop_front() {
+            self.units[oldest].gradients.over_replicas(&self.rules)?;
+        }
         for u in &mut self.units {
-            u.gradients.finish(&self.rules)?;
+            u.gradients.finish()?;
         }
         for unit in 0..self.units.len() {
             match self.units[unit].tie {
@@ -211,18 +247,32 @@ impl Zero {
         None
     }
 
-    /// AdamW on the slice this rank owns, then every rank gets what it must hold whole. `decay` applies where the catalog says so.
+    /// AdamW on the slice this rank owns; then the gathers of what every rank must hold whole are started. `decay` applies where the catalog says so.
     pub fn update(&mut self, adam: Adam) -> Result<()> {
         for u in self.units.iter_mut().filter(|u| u.owns()) {
+            u.weights.settle()?;
             u.step(&adam);
-            u.spread(self.stage, self.rules.shard.as_ref())?;
+            u.spread(&self.rules)?;
         }
         Ok(())
     }
 
+    /// Waits for all gathers that are under way: before weights are read other than by `weights`.
+    pub fn settle(&mut self) -> Result<()> {
+        self.units.iter_mut().try_for_each(|u| u.weights.settle())
+    }
+
+    /// Bytes of whole weights that stage 3 holds for a while.
+    pub fn bytes_visiting(&self) -> usize {
+        let visiting = self.units.iter().filter(|u| u.weights.is_visiting());
+        visiting.map(|u| Memory::bytes_taken(u.layout.numel * self.dtype.bytes())).sum()
+    }
+
     /// Forgets the step's gradients: the next step starts clean.
     pub fn clear(&mut self) {
+        assert!(self.uses.is_empty(), "units {:?} were to be used and were not", self.uses);
         for u in &mut self.units {
+            assert!(!u.weights.is_visiting(), "a step leaves no gathered weights behind");
             u.gradients.clear(&self.rules);
             u.micros = 0;
         }
@@ -232,10 +282,10 @@ impl Zero {
     pub(in crate::parallel) fn spread_weights(&mut self) -> Result<()> {
         for u in self.units.iter_mut().filter(|u| u.owns()) {
             if let Some(master) = u.master.take() {
-                elementwise::cast(u.weights_mine_mut(), master.view());
+                elementwise::cast(u.weights.mine_mut(&u.mine), master.view());
                 u.master = Some(master);
             }
-            u.spread(self.stage, self.rules.shard.as_ref())?;
+            u.spread(&self.rules)?;
         }
         Ok(())
     }
@@ -247,15 +297,22 @@ impl Zero {
         }
     }
 
+    /// Makes the unit's weights whole, and starts to do so with those that are used next.
     fn gather(&mut self, unit: usize) -> Result<()> {
-        let u = &mut self.units[unit];
-        let WeightBuffer::Sharded { mine, whole } = &mut u.weights else { return Ok(()) };
-        if whole.is_none() {
-            let mut empty = self.device.empty([u.layout.numel], self.dtype);
-            empty.view_mut().part(u.mine.clone(), [u.mine.len()]).copy_from(mine.view());
-            *whole = Some(self.rules.shard.all_gather(empty)?.wait()?);
+        if self.uses.front() == Some(&unit) {
+            self.uses.pop_front();
         }
-        Ok(())
+        self.start_gather(unit)?;
+        self.units[unit].weights.settle()?;
+        match self.uses.front() {
+            Some(&next) => self.start_gather(next),
+            None => Ok(()),
+        }
+    }
+
+    fn start_gather(&mut self, unit: usize) -> Result<()> {
+        let u = &mut self.units[unit];
+        u.weights.start(&self.device, self.rules.shard.as_ref(), u.layout.numel, &u.mine)
     }
 }
 
@@ -280,7 +337,7 @@ impl UnitState {
         let weights = match (owns, stage) {
             (false, _) => WeightBuffer::Nothing,
             (true, 3) => WeightBuffer::Sharded { mine: device.zeros([length], dtype), whole: None },
-            (true, _) => WeightBuffer::Whole(device.zeros([layout.numel], dtype)),
+            (true, _) => WeightBuffer::Whole(Gathered::here(device.zeros([layout.numel], dtype))),
         };
         let master = (owns && dtype != Dtype::F32).then(|| device.zeros([length], Dtype::F32));
         let moments = owns.then(|| [device.zeros([length], Dtype::F32), device.zeros([length], Dtype::F32)]);
@@ -302,15 +359,6 @@ impl UnitState {
         Weights::new(self.weights.whole(), &self.layout)
     }
 
-    pub fn weights_mine_mut(&mut self) -> ViewMut<'_> {
-        let length = self.mine.len();
-        match &mut self.weights {
-            WeightBuffer::Whole(whole) => whole.view_mut().part(self.mine.clone(), [length]),
-            WeightBuffer::Sharded { mine, .. } => mine.view_mut(),
-            WeightBuffer::Nothing => panic!("a unit tied to another of this rank has no weights"),
-        }
-    }
-
     fn step(&mut self, adam: &Adam) {
         let UnitState { layout, mine, weights, master, moments, gradients, .. } = self;
         let [first, second] = moments.as_mut().expect("a unit with weights has moments");
@@ -320,11 +368,7 @@ impl UnitState {
             let adam = Adam { decay: if decays { adam.decay } else { 0.0 }, ..*adam };
             let gradient = gradients.mine().part(local.clone(), shape);
             let (m, v) = (first.view_mut().part(local.clone(), shape), second.view_mut().part(local.clone(), shape));
-            let weights = match weights {
-                WeightBuffer::Whole(whole) => whole.view_mut().part(range, shape),
-                WeightBuffer::Sharded { mine, .. } => mine.view_mut().part(local.clone(), shape),
-                WeightBuffer::Nothing => panic!("a unit tied to another of this rank has no weights"),
-            };
+            let weights = weights.mine_mut(mine).part(local.clone(), shape);
             match master {
                 None => adamw::step(weights, m, v, gradient, &adam),
                 Some(master) => adamw::step_and_cast(master.view_mut().part(local, shape), m, v, gradient, weights, &adam),
@@ -332,33 +376,8 @@ impl UnitState {
         }
     }
 
-    /// Gives the other ranks of the shard group this one's slice of the weights, and takes theirs.
-    fn spread(&mut self, stage: usize, shard: &dyn Group) -> Result<()> {
-        if stage == 0 {
-            return Ok(());
-        }
-        self.weights = match std::mem::replace(&mut self.weights, WeightBuffer::Nothing) {
-            WeightBuffer::Whole(whole) => WeightBuffer::Whole(shard.all_gather(whole)?.wait()?),
-            WeightBuffer::Sharded { mine, .. } => WeightBuffer::Sharded { mine, whole: None },
-            WeightBuffer::Nothing => panic!("a unit tied to another of this rank has no weights"),
-        };
-        Ok(())
-    }
-}
-
-impl WeightBuffer {
-    pub fn bytes(&self) -> usize {
-        match self {
-            WeightBuffer::Nothing => 0,
-            WeightBuffer::Whole(whole) => whole.bytes(),
-            WeightBuffer::Sharded { mine, whole } => mine.bytes() + whole.as_ref().map_or(0, Tensor::bytes),
-        }
-    }
-
-    fn whole(&self) -> View<'_> {
-        match self {
-            WeightBuffer::Whole(whole) | WeightBuffer::Sharded { whole: Some(whole), .. } => whole.view(),
-            WeightBuffer::Sharded { whole: None, .. } | WeightBuffer::Nothing => panic!("weights are used before they are gathered"),
-        }
+    /// Starts to give the other ranks of the shard group this one's slice of the weights, and to take theirs.
+    fn spread(&mut self, rules: &Rules) -> Result<()> {
+        if rules.sliced { self.weights.spread(rules.shard.as_ref()) } else { Ok(()) }
     }
 }

@@ -13,6 +13,7 @@ pub mod schedule;
 pub mod simulate;
 pub mod stages;
 pub mod traffic;
+pub mod uses;
 
 use crate::config::source::Problem;
 use crate::config::{Config, Model, Recompute};

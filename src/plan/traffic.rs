@@ -11,7 +11,7 @@ use crate::plan::budget::HEAD_ROWS;
 use crate::plan::catalog::Kind;
 use crate::plan::layout::UnitLayout;
 use crate::plan::schedule::{Action, Pass};
-use crate::plan::{Order, Plan, RankPlan};
+use crate::plan::{Order, Plan, RankPlan, uses};
 use std::collections::BTreeMap;
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -30,11 +30,14 @@ pub fn of_step(plan: &Plan, rank: &RankPlan) -> Traffic {
     let edges = Edges { plan, tp: Group { name: "tp", size: plan.mesh.tp as u64 } };
     for (chunk, passes) in passes(plan, rank).iter().enumerate() {
         for unit in rank.chunks[chunk].clone() {
-            let (kind, layout) = (rank.kind(plan, unit), &rank.units[unit].1);
+            let kind = rank.kind(plan, unit);
             edges.forward(&mut tally, kind, passes.forward);
             edges.backward(&mut tally, kind, passes.backward);
-            zero(&mut tally, plan, rank, kind, layout, passes);
         }
+    }
+    let gathers = uses::gathers(&uses::of(plan, rank, &plan.schedule.actions[rank.at.pp], false), rank.units.len());
+    for (unit, (_, layout)) in rank.units.iter().enumerate() {
+        zero(&mut tally, plan, rank, rank.kind(plan, unit), layout, gathers[unit]);
     }
     let lane_ends = match plan.geometry.order {
         Order::Lanes => rank.lanes,
@@ -59,8 +62,6 @@ struct Passes {
     forward: u64,
     /// Whole, or of the input alone.
     backward: u64,
-    /// Of the weights, where they are split off.
-    backward_weight: u64,
 }
 
 fn passes(plan: &Plan, rank: &RankPlan) -> Vec<Passes> {
@@ -70,8 +71,7 @@ fn passes(plan: &Plan, rank: &RankPlan) -> Vec<Passes> {
         match action {
             Action::Forward(_) => chunk.forward += 1,
             Action::Backward { .. } | Action::BackwardInput(_) => chunk.backward += 1,
-            Action::BackwardWeight { .. } => chunk.backward_weight += 1,
-            Action::Receive(..) | Action::Send(..) | Action::Hand { .. } => {}
+            Action::BackwardWeight { .. } | Action::Receive(..) | Action::Send(..) | Action::Hand { .. } => {}
         }
     }
     passes
@@ -185,8 +185,8 @@ impl Edges<'_> {
     }
 }
 
-/// Reductions of gradients and gathers of weights: `parallel/gradients.rs` and `parallel/zero.rs`.
-fn zero(tally: &mut Tally, plan: &Plan, rank: &RankPlan, kind: Kind, layout: &UnitLayout, passes: &Passes) {
+/// Reductions of gradients and gathers of weights: `parallel/gradients.rs` and `parallel/zero.rs`. `gathers`: those of ZeRO 3.
+fn zero(tally: &mut Tally, plan: &Plan, rank: &RankPlan, kind: Kind, layout: &UnitLayout, gathers: u64) {
     let shard = Group { name: "shard", size: plan.mesh.shard as u64 };
     let replica = Group { name: "replica", size: plan.mesh.replicate as u64 };
     let (numel, narrow) = (layout.numel as u64, (layout.numel * plan.dtype.bytes()) as u64);
@@ -209,10 +209,7 @@ fn zero(tally: &mut Tally, plan: &Plan, rank: &RankPlan, kind: Kind, layout: &Un
         // After the update; a tied head has no weights of its own.
         1 | 2 if tie != Tie::Here => tally.all_gather(shard, 1, narrow),
         1 | 2 => {}
-        _ => {
-            let forward = if matches!(kind, Kind::Norm | Kind::Head { .. }) { 0 } else { passes.forward };
-            tally.all_gather(shard, forward + passes.backward + passes.backward_weight, narrow);
-        }
+        _ => tally.all_gather(shard, gathers, narrow),
     }
 }
 

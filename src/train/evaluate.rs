@@ -3,7 +3,7 @@
 use crate::data::loader::{Batch, IGNORED, Loader};
 use crate::ops::reduce::LossSum;
 use crate::parallel::pipeline;
-use crate::plan::schedule::{Action, Pass};
+use crate::plan::schedule;
 use crate::train::step::Trainer;
 use anyhow::Result;
 
@@ -20,7 +20,7 @@ impl Validation {
     /// Mean loss over the tokens of the first `steps` global batches of windows. The same on every rank.
     pub fn loss(&mut self, trainer: &mut Trainer) -> Result<f64> {
         let global_batch = trainer.plan.global_batch as u64;
-        let actions = forward_only(&trainer.plan.schedule.actions[trainer.rank.at.pp]);
+        let actions = schedule::forward_only(&trainer.plan.schedule.actions[trainer.rank.at.pp]);
         let placement = trainer.plan.schedule.placement;
         let (mut loss, mut valid) = (LossSum::default(), 0);
         for step in 0..self.steps.min(self.windows.div_ceil(global_batch)) {
@@ -33,20 +33,6 @@ impl Validation {
         }
         total(trainer, loss, valid)
     }
-}
-
-/// The sequence of a training schedule without its backward passes: what was proved of the whole holds of this part.
-fn forward_only(actions: &[Action]) -> Vec<Action> {
-    let forward = |action: &&Action| {
-        matches!(
-            action,
-            Action::Forward(_)
-                | Action::Receive(Pass::Forward, _)
-                | Action::Send(Pass::Forward, _)
-                | Action::Hand { pass: Pass::Forward, .. }
-        )
-    };
-    actions.iter().filter(forward).copied().collect()
 }
 
 /// Rows from `windows` on are repetitions of earlier ones: they do not count.

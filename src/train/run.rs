@@ -177,6 +177,8 @@ impl Run<'_> {
     }
 
     fn one(&mut self, step: u64) -> Result<Outcome> {
+        // What came between the steps (evaluation, checkpoints) is not the step's.
+        self.trainer.groups.take_traffic();
         let mut clock = StepClock::start();
         let batch = self.loader.batch(step - 1)?;
         clock.data_arrived();
@@ -191,7 +193,7 @@ impl Run<'_> {
             grad_norm: outcome.norm,
             lr: outcome.rate,
             tokens: step * self.trainer.plan.tokens_per_step(),
-            comm_exposed_s: 0.0,
+            comm_exposed_s: self.trainer.groups.take_seconds_exposed(),
             memory_peak_bytes: self.device.memory().bytes_peak() as u64,
             loss_scale: (self.config.train.dtype == Dtype::F16).then_some(outcome.loss_scale),
             skipped: !outcome.applied,
@@ -202,7 +204,7 @@ impl Run<'_> {
 
     fn save(&mut self, step: u64) -> Result<()> {
         let facts = resume::facts(&self.trainer, self.config, step)?;
-        self.writer.save(facts, self.trainer.stage.zero.shards())?;
+        self.writer.save(facts, self.trainer.stage.zero.shards()?)?;
         self.saved = Some(step);
         if !self.config.checkpoint.asynchronous {
             // A save that fails does not end the run.

@@ -82,7 +82,7 @@ fn one_rank(config: &Config, plan: Plan, transport: &Transport, rank: usize, ste
         assert!(outcome.applied && outcome.loss.is_finite(), "step {step}: {outcome:?}");
         seen.push((outcome.loss.to_bits(), outcome.norm.to_bits()));
     }
-    (seen, trainer.stage.zero.shards())
+    (seen, trainer.stage.zero.shards().expect("gathers that end"))
 }
 
 /// Rows of the step, each a function of (step, row).

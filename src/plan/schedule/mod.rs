@@ -137,6 +137,20 @@ impl Schedule {
     }
 }
 
+/// The sequence of a training schedule without its backward passes: what was proved of the whole holds of this part.
+pub fn forward_only(actions: &[Action]) -> Vec<Action> {
+    let forward = |action: &&Action| {
+        matches!(
+            action,
+            Action::Forward(_)
+                | Action::Receive(Pass::Forward, _)
+                | Action::Send(Pass::Forward, _)
+                | Action::Hand { pass: Pass::Forward, .. }
+        )
+    };
+    actions.iter().filter(forward).copied().collect()
+}
+
 /// What `parallel.pp_schedule` may be, besides the path of a file.
 pub const NAMES: [&str; 7] = ["gpipe", "1f1b", "interleaved", "breadth_first", "zero_bubble", "zbv", "dualpipe_v"];
 
