@@ -228,13 +228,12 @@ impl Run<'_> {
     }
 }
 
-        if stopped {
-            self.reporter.say("stopped on request: started again, the run goes on from here");
-        } else {
-            self.sample()?;
-        }
-        self.trainer.groups.world.barrier()?;
-        self.reporter.finish();
+/// A model may well sample what would move a terminal's cursor.
+fn printable(text: &[u8]) -> String {
+    let shown = |c: char| if c.is_control() && !matches!(c, '\n' | '\t') { char::REPLACEMENT_CHARACTER } else { c };
+    String::from_utf8_lossy(text).chars().map(shown).collect()
+}
+
 fn report_facts(config: &Config, plan: &Plan, incarnation: u64) -> Facts {
     Facts {
         total_steps: config.train.steps,
