@@ -3,6 +3,7 @@
 //! Invariant: the configuration and the plan are checked before anything is written. After that, what a run has committed is never
 //! lost: it ends with a checkpoint, or it goes on from one.
 
+use crate::checkpoint::load::Checkpoint;
 use crate::checkpoint::save::{Options, Writer};
 use crate::checkpoint::{commit, folder};
 use crate::config::source::Problem;
@@ -68,8 +69,7 @@ fn run_rank(config: &Config, identity: &Identity) -> Result<Ending, Failure> {
     Plan::new(config, identity.world, None).map_err(Failure::Config)?;
     let team = Team::join(config, identity)?;
     let (checkpoint, notes) = resume::find(config, &team)?;
-    let geometry = checkpoint.as_ref().map(resume::geometry).transpose()?;
-    let plan = Plan::new(config, identity.world, geometry).map_err(Failure::Config)?;
+    let plan = plan_on(config, identity.world, checkpoint.as_ref())?;
     let writer = open_run(config, identity, &plan, &team)?;
     let stop = StopRequest::listen()?;
     let groups = team.groups(&plan.mesh)?;
@@ -86,12 +86,23 @@ fn run_rank(config: &Config, identity: &Identity) -> Result<Ending, Failure> {
         let loader = team.first_rank_first(|| corpora::training(config, &trainer))?;
         let validation = team.first_rank_first(|| corpora::validation(config, &trainer))?;
         device.memory().reset_peak();
-        Run { config, device: &device, trainer, reporter, writer, stop, loader, validation, saved: None }.train(done)
+        Run { config, device: &device, trainer, reporter, writer, stop, loader, validation, saved: None, unsaved: None }.train(done)
     });
     ending.map_err(|error: anyhow::Error| {
         team.fail(&error);
         Failure::Error(error)
     })
+}
+
+/// The plan of the run; one that goes on keeps model and geometry.
+fn plan_on(config: &Config, world: usize, checkpoint: Option<&Checkpoint>) -> Result<Plan, Failure> {
+    let Some(checkpoint) = checkpoint else { return Plan::new(config, world, None).map_err(Failure::Config) };
+    let problems = resume::problems(checkpoint, config)?;
+    if !problems.is_empty() {
+        return Err(Failure::Config(problems));
+    }
+    let plan = Plan::new(config, world, Some(resume::geometry(checkpoint)?));
+    plan.map_err(|problems| Failure::Config(resume::explained(problems, checkpoint)))
 }
 
 struct Run<'a> {
@@ -105,6 +116,8 @@ struct Run<'a> {
     validation: Option<Validation>,
     /// The last step that was handed to the writer.
     saved: Option<u64>,
+    /// Why the last save that ended has failed.
+    unsaved: Option<anyhow::Error>,
 }
 
 impl Run<'_> {
@@ -124,14 +137,16 @@ impl Run<'_> {
             if (interval > 0 && step.is_multiple_of(interval)) || step == last || asked {
                 self.save(step)?;
             }
-            self.report_saves();
             if asked {
                 break;
             }
+            self.report_saves(if step < last { "; training goes on" } else { "" });
         }
-        let finished = self.writer.finish();
-        self.report_saves();
-        finished.context("the last checkpoint was not written; steps since the one before it would be lost")?;
+        self.writer.settle()?;
+        self.report_saves("");
+        if let Some(error) = self.unsaved.take() {
+            return Err(error.context("the last checkpoint was not written; steps since the one before it would be lost"));
+        }
         let stopped = asked && self.saved != Some(last);
         if stopped {
             self.reporter.say("stopped on request: started again, the run goes on from here");
@@ -207,22 +222,24 @@ impl Run<'_> {
         self.writer.save(facts, self.trainer.stage.zero.shards()?)?;
         self.saved = Some(step);
         if !self.config.checkpoint.asynchronous {
-            // A save that fails does not end the run.
-            if let Err(error) = self.writer.finish() {
-                self.reporter.say(&format!("{error:#}; training goes on"));
-            }
+            self.writer.settle()?;
         }
         Ok(())
     }
 
-    fn report_saves(&mut self) {
+    /// A save that fails does not end the run. `then`: what follows such a failure.
+    fn report_saves(&mut self, then: &str) {
         while let Some(outcome) = self.writer.outcome() {
             match outcome.result {
                 Ok(saved) => {
                     self.reporter.say(&format!("saved step {} to {}", outcome.step, saved.folder.display()));
                     saved.warnings.iter().for_each(|warning| self.reporter.say(warning));
+                    self.unsaved = None;
                 }
-                Err(error) => self.reporter.say(&format!("step {} was not saved: {error:#}; training goes on", outcome.step)),
+                Err(error) => {
+                    self.reporter.say(&format!("step {} was not saved: {error:#}{then}", outcome.step));
+                    self.unsaved = Some(error);
+                }
             }
         }
     }
