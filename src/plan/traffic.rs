@@ -211,7 +211,9 @@ fn zero(tally: &mut Tally, plan: &Plan, rank: &RankPlan, kind: Kind, layout: &Un
         1 | 2 => {}
         _ => {
             let forward = if matches!(kind, Kind::Norm | Kind::Head { .. }) { 0 } else { passes.forward };
-            tally.all_gather(shard, forward + passes.backward + passes.backward_weight, narrow);
+            // Only blocks leave gradients for later.
+            let later = if matches!(kind, Kind::Block(_)) { passes.backward_weight } else { 0 };
+            tally.all_gather(shard, forward + passes.backward + later, narrow);
         }
     }
 }
