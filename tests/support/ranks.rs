@@ -110,13 +110,13 @@ fn one_rank(config: &Config, plan: Plan, transport: &Transport, rank: usize, leg
         seen.push((outcome.loss.to_bits(), outcome.norm.to_bits()));
     }
     if let Some(folder) = leg.save_to {
-        save(&trainer, config, folder, leg.steps.end);
+        save(&mut trainer, config, folder, leg.steps.end);
     }
     (seen, trainer.stage.zero.shards().expect("gathers that end"))
 }
 
 /// Every rank writes its part, as a run does.
-fn save(trainer: &Trainer, config: &Config, folder: &Path, step: u64) {
+fn save(trainer: &mut Trainer, config: &Config, folder: &Path, step: u64) {
     let (rank, world) = (trainer.index(), trainer.plan.mesh.world());
     let options = Options { checkpoints: folder.to_owned(), rank, world, incarnation: 1, keep: 0, deadline: WAIT };
     let make = || Writer::new(options.clone()).expect("a writer");
