@@ -270,6 +270,10 @@ impl Stage {
 
     fn backward_blocks(&mut self, slot: Slot, mut dy: Tensor, finish: Finish) -> Result<Tensor> {
         let mut kept = self.now.kept.remove(&slot).expect("forward before backward");
+        if let Finish::Later = finish {
+            // Also where a stage has no block: its weights' pass has nothing to add then.
+            self.now.deferred.insert(slot, Vec::new());
+        }
         for index in (0..self.chunks[slot.chunk].len()).rev() {
             let block = &self.chunks[slot.chunk][index];
             let unit = block.unit;
