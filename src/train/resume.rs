@@ -1,15 +1,17 @@
 //! Where a run goes on from: a checkpoint, given weights, or its seed.
 //!
-//! Invariant: a run that goes on does so with the canonical geometry of its checkpoint, and says what else has changed since.
+//! Invariant: a run that goes on does so with the canonical geometry of its checkpoint, unless it was told that it may move, and says
+//! what else has changed since.
 
 use crate::checkpoint::import::HuggingFace;
 use crate::checkpoint::index::{self, Facts, Kind};
 use crate::checkpoint::load::{self, Checkpoint};
-use crate::config::{Config, Resume};
+use crate::config::source::Problem;
+use crate::config::{Config, Resume, SumOrder};
 use crate::dtype::Dtype;
 use crate::model::init;
 use crate::plan::layout::Piece;
-use crate::plan::{Geometry, Order};
+use crate::plan::{Geometry, Order, Plan, check};
 use crate::train::loss_scale::LossScaler;
 use crate::train::step::Trainer;
 use crate::train::team::Team;
@@ -70,6 +72,53 @@ pub fn geometry(checkpoint: &Checkpoint) -> Result<Geometry> {
     };
     Ok(Geometry { shards: *shards, lanes: *lanes, order })
 }
+
+/// The plan of a run, and what is worth telling about its canonical sums. `kept`: those of the checkpoint that it goes on from.
+pub fn plan(config: &Config, world: usize, kept: Option<Geometry>) -> Result<(Plan, Option<String>), Vec<Problem>> {
+    let Some(kept) = kept else { return Ok((Plan::new(config, world, None)?, None)) };
+    if config.geometry.may_move {
+        let plan = Plan::new(config, world, None)?;
+        let moved = || format!("the run's canonical sums move from ({kept}) to ({}): {ROUNDING}", plan.geometry);
+        let note = (plan.geometry != kept).then(moved);
+        return Ok((plan, note));
+    }
+    match Plan::new(config, world, Some(kept)) {
+        Ok(plan) => {
+            let asked = check::geometry(config, &plan.mesh);
+            let refused = (config.geometry.shards > 0 && asked.shards != kept.shards)
+                || (config.geometry.lanes > 0 && asked.lanes != kept.lanes)
+                || (config.geometry.order != SumOrder::Auto && asked.order != kept.order);
+            let note = || {
+                format!(
+                    "the run keeps the canonical sums of its checkpoint ({kept}): [geometry] asks for others, but not for geometry.move"
+                )
+            };
+            Ok((plan, refused.then(note)))
+        }
+        Err(mut problems) => {
+            // Where the layout is wrong by itself, that is what there is to tell.
+            let alone = Plan::new(config, world, None)?;
+            problems.insert(0, cannot_keep(&kept, &alone.geometry));
+            Err(problems)
+        }
+    }
+}
+
+fn cannot_keep(kept: &Geometry, other: &Geometry) -> Problem {
+    let fitting = |leaves: usize| {
+        let parts: Vec<String> = (1..=leaves).filter(|&parts| check::tree_allows(leaves, parts)).map(|parts| parts.to_string()).collect();
+        parts.join(" or ")
+    };
+    let message = format!("the checkpoint's canonical sums ({kept}) cannot be kept on this layout");
+    let help = format!(
+        "a layout with parallel.tp = {} and {} data-parallel ranks, or geometry.move = true to go on with ({other}): {ROUNDING}",
+        fitting(kept.shards),
+        fitting(kept.lanes)
+    );
+    Problem::new("geometry.move", message).help(help)
+}
+
+const ROUNDING: &str = "its numbers then differ from an unmoved run's by rounding";
 
 /// Fills weights, moments and the loop's state from a checkpoint. Returns the number of steps done.
 pub fn load(trainer: &mut Trainer, checkpoint: &Checkpoint) -> Result<u64> {
@@ -184,5 +233,52 @@ fn compare(key: &str, before: &toml::Value, now: &toml::Value, changes: &mut Vec
         }
     } else if before != now {
         changes.push((key.to_string(), format!("{key} was {before} and is {now}")));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn planned(lines: &str, world: usize, kept: Geometry) -> Result<(Geometry, Option<String>), Vec<String>> {
+        let text = format!(
+            "[model]\nfamily = \"llama\"\nhidden_size = 32\nintermediate_size = 32\nnum_layers = 2\nnum_heads = 4\n\
+             [train]\nsteps = 1\nseq_len = 16\nglobal_batch_size = 8\n{lines}\n"
+        );
+        let (config, _) = Config::parse("small.toml", &text, &[]).expect("each key is well-formed");
+        let told = |problem: Problem| problem.help.into_iter().fold(problem.message, |message, help| message + ": " + &help);
+        match plan(&config, world, Some(kept)) {
+            Ok((plan, note)) => Ok((plan.geometry, note)),
+            Err(problems) => Err(problems.into_iter().map(told).collect()),
+        }
+    }
+
+    const KEPT: Geometry = Geometry { shards: 2, lanes: 4, order: Order::Lanes };
+
+    #[test]
+    fn canonical_sums_are_kept_where_the_layout_allows() {
+        assert_eq!(planned("", 1, KEPT), Ok((KEPT, None)));
+        assert_eq!(planned("[parallel]\ntp = 2\nzero = 3", 8, KEPT), Ok((KEPT, None)));
+        let (geometry, note) = planned("[geometry]\nlanes = 8", 2, KEPT).expect("lanes 4 fit too");
+        assert_eq!(geometry, KEPT);
+        let note = note.expect("[geometry] is not obeyed");
+        assert!(note.contains("keeps the canonical sums of its checkpoint (shards 2, lanes 4, order lanes)"), "{note}");
+    }
+
+    #[test]
+    fn canonical_sums_move_only_when_told_to() {
+        let problems = planned("[parallel]\ntp = 4", 4, KEPT).expect_err("two shards on four ranks");
+        assert_eq!(
+            problems[0],
+            "the checkpoint's canonical sums (shards 2, lanes 4, order lanes) cannot be kept on this layout: a layout with \
+             parallel.tp = 1 or 2 and 1 or 2 or 4 data-parallel ranks, or geometry.move = true to go on with \
+             (shards 4, lanes 1, order lanes): its numbers then differ from an unmoved run's by rounding"
+        );
+        assert!(problems[1].contains("`geometry.shards` = 2 cannot be cut over `parallel.tp` = 4 ranks"), "{problems:?}");
+        let moved = Geometry { shards: 4, lanes: 1, order: Order::Lanes };
+        let (geometry, note) = planned("[parallel]\ntp = 4\n[geometry]\nmove = true", 4, KEPT).expect("it may move");
+        assert_eq!(geometry, moved);
+        assert!(note.expect("it has moved").contains("from (shards 2, lanes 4, order lanes) to (shards 4, lanes 1, order lanes)"));
+        assert_eq!(planned("[parallel]\ntp = 4\n[geometry]\nmove = true", 4, moved), Ok((moved, None)));
     }
 }

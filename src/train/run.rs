@@ -64,7 +64,7 @@ fn run_rank(config: &Config, identity: &Identity) -> Result<Ending, Failure> {
     let team = Team::join(config, identity)?;
     let (checkpoint, notes) = resume::find(config, &team)?;
     let geometry = checkpoint.as_ref().map(resume::geometry).transpose()?;
-    let plan = Plan::new(config, identity.world, geometry).map_err(Failure::Config)?;
+    let (plan, note) = resume::plan(config, identity.world, geometry).map_err(Failure::Config)?;
     let writer = open_run(config, identity, &plan, &team)?;
     let stop = StopRequest::listen()?;
     let groups = team.groups(&plan.mesh)?;
@@ -77,7 +77,7 @@ fn run_rank(config: &Config, identity: &Identity) -> Result<Ending, Failure> {
             None => resume::start(&mut trainer, config).map(|()| 0)?,
         };
         let reporter = Reporter::new(&config.run.dir, identity.rank, report_facts(config, &trainer.plan, writer.incarnation()))?;
-        notes.iter().for_each(|note| reporter.say(note));
+        notes.iter().chain(&note).for_each(|note| reporter.say(note));
         let loader = team.first_rank_first(|| corpora::training(config, &trainer))?;
         let validation = team.first_rank_first(|| corpora::validation(config, &trainer))?;
         device.memory().reset_peak();
