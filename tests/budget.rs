@@ -116,7 +116,7 @@ fn measure_rank(config: &Config, plan: Plan, transport: &Transport, rank: usize)
     let groups = Groups::connect(transport, &plan.mesh, rank).expect("groups of threads");
     let mut trainer = Trainer::new(config, plan, rank, &device, groups).expect("a trainer");
     resume::start(&mut trainer, config).expect("initial weights");
-    let held = trainer.stage.zero.held();
+    let held = trainer.stage.zero.held().expect("gathers that end");
     let batch = batch(&trainer.rank.rows, trainer.plan.t, config.model.vocab_size);
     device.memory().reset_peak();
     let mut traffic = Vec::new();
@@ -127,7 +127,7 @@ fn measure_rank(config: &Config, plan: Plan, transport: &Transport, rank: usize)
         traffic.push(sent(&trainer.groups));
     }
     assert_eq!(traffic[0], traffic[1], "steps are alike");
-    assert_eq!(trainer.stage.zero.held(), held, "between steps a rank holds what it held before");
+    assert_eq!(trainer.stage.zero.held().expect("gathers that end"), held, "between steps a rank holds what it held before");
     Measured { held, peak: device.memory().bytes_peak(), traffic: traffic.swap_remove(1) }
 }
 

@@ -23,7 +23,9 @@ pub struct Held {
 }
 
 impl Zero {
-    pub fn held(&self) -> Held {
+    /// Waits for gathers under way first.
+    pub fn held(&mut self) -> Result<Held> {
+        self.settle()?;
         let mut held = Held::default();
         for u in &self.units {
             held.weights += u.weights.bytes();
@@ -31,7 +33,7 @@ impl Zero {
             let moments = u.moments.iter().flatten();
             held.optimizer += u.master.iter().chain(moments).map(Tensor::bytes).sum::<usize>();
         }
-        held
+        Ok(held)
     }
 
     /// Sets the weights, in f32 where the run keeps them so, and gives every rank what it must hold.

@@ -33,7 +33,7 @@ pub fn rehearse(config: &Config, plan: &Plan, index: usize) -> Result<Footprint>
     let mut groups = Groups::connect(&Transport::Rehearsal, &plan.mesh, index)?;
     groups.world = Groups::solo().world;
     let mut trainer = Trainer::new(config, plan.clone(), index, &device, groups)?;
-    let held = trainer.stage.zero.held();
+    let held = trainer.stage.zero.held()?;
     let fixed = device.memory().bytes_live();
     let batch = blank(trainer.rank.rows.len(), plan.t);
     trainer.step(0, &batch, false)?;

@@ -1,17 +1,17 @@
 //! Where a run goes on from: a checkpoint, given weights, or its seed.
 //!
-//! Invariant: a run that goes on does so with the canonical geometry of its checkpoint, and says what else has changed since.
+//! Invariant: a run that goes on does so with the canonical geometry of its checkpoint, unless it was told that it may move, and says
+//! what else has changed since.
 
 use crate::checkpoint::import::HuggingFace;
 use crate::checkpoint::index::{self, Facts, Kind};
 use crate::checkpoint::load::{self, Checkpoint};
-use crate::config::choice::Choice;
 use crate::config::source::Problem;
 use crate::config::{Config, Resume, SumOrder};
 use crate::dtype::Dtype;
 use crate::model::init;
 use crate::plan::layout::Piece;
-use crate::plan::{Geometry, Order};
+use crate::plan::{Geometry, Order, Plan, check};
 use crate::train::loss_scale::LossScaler;
 use crate::train::step::Trainer;
 use crate::train::team::Team;
@@ -43,7 +43,6 @@ pub fn find(config: &Config, team: &Team) -> Result<(Option<Checkpoint>, Vec<Str
     let checkpoint = Checkpoint::open(&folder)?;
     let told = changes(&checkpoint, config)?.into_iter().filter(|change| is_worth_telling(&change.key));
     notes.extend(told.map(|change| change.text()));
-    notes.extend(geometry_kept(&checkpoint, config)?);
     notes.push(format!("going on after step {} from {}", checkpoint.index.facts.step, folder.display()));
     Ok((Some(checkpoint), notes))
 }
@@ -84,6 +83,53 @@ pub fn geometry(checkpoint: &Checkpoint) -> Result<Geometry> {
     };
     Ok(Geometry { shards: *shards, lanes: *lanes, order })
 }
+
+/// The plan of a run, and what is worth telling about its canonical sums. `kept`: those of the checkpoint that it goes on from.
+pub fn plan(config: &Config, world: usize, kept: Option<Geometry>) -> Result<(Plan, Option<String>), Vec<Problem>> {
+    let Some(kept) = kept else { return Ok((Plan::new(config, world, None)?, None)) };
+    if config.geometry.may_move {
+        let plan = Plan::new(config, world, None)?;
+        let moved = || format!("the run's canonical sums move from ({kept}) to ({}): {ROUNDING}", plan.geometry);
+        let note = (plan.geometry != kept).then(moved);
+        return Ok((plan, note));
+    }
+    match Plan::new(config, world, Some(kept)) {
+        Ok(plan) => {
+            let asked = check::geometry(config, &plan.mesh);
+            let refused = (config.geometry.shards > 0 && asked.shards != kept.shards)
+                || (config.geometry.lanes > 0 && asked.lanes != kept.lanes)
+                || (config.geometry.order != SumOrder::Auto && asked.order != kept.order);
+            let note = || {
+                format!(
+                    "the run keeps the canonical sums of its checkpoint ({kept}): [geometry] asks for others, but not for geometry.move"
+                )
+            };
+            Ok((plan, refused.then(note)))
+        }
+        Err(mut problems) => {
+            // Where the layout is wrong by itself, that is what there is to tell.
+            let alone = Plan::new(config, world, None)?;
+            problems.insert(0, cannot_keep(&kept, &alone.geometry));
+            Err(problems)
+        }
+    }
+}
+
+fn cannot_keep(kept: &Geometry, other: &Geometry) -> Problem {
+    let fitting = |leaves: usize| {
+        let parts: Vec<String> = (1..=leaves).filter(|&parts| check::tree_allows(leaves, parts)).map(|parts| parts.to_string()).collect();
+        parts.join(" or ")
+    };
+    let message = format!("the checkpoint's canonical sums ({kept}) cannot be kept on this layout");
+    let help = format!(
+        "a layout with parallel.tp = {} and {} data-parallel ranks, or geometry.move = true to go on with ({other}): {ROUNDING}",
+        fitting(kept.shards),
+        fitting(kept.lanes)
+    );
+    Problem::new("geometry.move", message).help(help)
+}
+
+const ROUNDING: &str = "its numbers then differ from an unmoved run's by rounding";
 
 /// Fills weights, moments and the loop's state from a checkpoint. Returns the number of steps done.
 pub fn load(trainer: &mut Trainer, checkpoint: &Checkpoint) -> Result<u64> {
@@ -161,37 +207,14 @@ pub fn problems(checkpoint: &Checkpoint, config: &Config) -> Result<Vec<Problem>
         let message = format!("`{key}` {is}, but {at} is of another model: there it {was}");
         Problem::new(&key, message).help("what it was, to go on; or `checkpoint.resume` = \"none\" and another run.dir, to start anew")
     };
-    Ok(changes(checkpoint, config)?.into_iter().filter(|change| is_shape(&change.key)).map(problem).collect())
-}
-
-/// What a plan finds wrong with the geometry of a checkpoint, where the configuration by itself has a plan.
-pub fn explained(problems: Vec<Problem>, checkpoint: &Checkpoint) -> Vec<Problem> {
-    let at = checkpoint.folder().display();
-    let explain = |problem: Problem| {
-        let message = format!("{}; a run keeps the geometry that it began with, here that of {at}", problem.message);
-        // Another geometry would help a run that starts.
-        let help = problem.help.as_deref().and_then(|help| help.split("geometry.").next()).map(|help| help.trim_end_matches(", or "));
-        let help = help.filter(|help| !help.is_empty()).unwrap_or("another layout, or a run that starts anew with another geometry");
-        Problem::new(&problem.key, message).help(help)
-    };
-    problems.into_iter().map(explain).collect()
-}
-
-/// Keys of the geometry that ask for another than that of the checkpoint, which counts.
-fn geometry_kept(checkpoint: &Checkpoint, config: &Config) -> Result<Vec<String>> {
-    let kept = geometry(checkpoint)?;
-    let asked = &config.geometry;
-    let mut notes = Vec::new();
-    for (name, asked, kept) in [("shards", asked.shards, kept.shards), ("lanes", asked.lanes, kept.lanes)] {
-        if asked != 0 && asked != kept {
-            notes.push(format!("geometry.{name} stays {kept}, as the run began, and is not {asked}"));
-        }
+    let rows = geometry(checkpoint)?.order == Order::Rows && !config.geometry.may_move;
+    let (shape, rest): (Vec<Change>, Vec<Change>) = changes(checkpoint, config)?.into_iter().partition(|change| is_shape(&change.key));
+    let mut problems: Vec<Problem> = shape.into_iter().map(problem).collect();
+    if let Some(Change { key, was, is }) = rest.into_iter().find(|change| rows && change.key == "train.micro_batch_size") {
+        let message = format!("`{key}` {is}, but it {was} in {at}, whose sums are in the order of rows: there it is part of the geometry");
+        problems.push(Problem::new(&key, message).help(format!("what it was, or geometry.move = true: {ROUNDING}")));
     }
-    let (asked, kept) = (asked.order.name(), checkpoint.index.facts.geometry.order.as_str());
-    if asked != SumOrder::Auto.name() && asked != kept {
-        notes.push(format!("geometry.order stays {kept}, as the run began, and is not {asked}"));
-    }
-    Ok(notes)
+    Ok(problems)
 }
 
 /// A key that is set otherwise than before.
@@ -239,5 +262,52 @@ fn compare(key: &str, before: Option<&toml::Value>, now: Option<&toml::Value>, c
     } else if before != now {
         let of = |verb: &str, value: Option<&toml::Value>| value.map_or(format!("{verb} not set"), |value| format!("{verb} {value}"));
         changes.push(Change { key: key.to_string(), was: of("was", before), is: of("is", now) });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn planned(lines: &str, world: usize, kept: Geometry) -> Result<(Geometry, Option<String>), Vec<String>> {
+        let text = format!(
+            "[model]\nfamily = \"llama\"\nhidden_size = 32\nintermediate_size = 32\nnum_layers = 2\nnum_heads = 4\n\
+             [train]\nsteps = 1\nseq_len = 16\nglobal_batch_size = 8\n{lines}\n"
+        );
+        let (config, _) = Config::parse("small.toml", &text, &[]).expect("each key is well-formed");
+        let told = |problem: Problem| problem.help.into_iter().fold(problem.message, |message, help| message + ": " + &help);
+        match plan(&config, world, Some(kept)) {
+            Ok((plan, note)) => Ok((plan.geometry, note)),
+            Err(problems) => Err(problems.into_iter().map(told).collect()),
+        }
+    }
+
+    const KEPT: Geometry = Geometry { shards: 2, lanes: 4, order: Order::Lanes };
+
+    #[test]
+    fn canonical_sums_are_kept_where_the_layout_allows() {
+        assert_eq!(planned("", 1, KEPT), Ok((KEPT, None)));
+        assert_eq!(planned("[parallel]\ntp = 2\nzero = 3", 8, KEPT), Ok((KEPT, None)));
+        let (geometry, note) = planned("[geometry]\nlanes = 8", 2, KEPT).expect("lanes 4 fit too");
+        assert_eq!(geometry, KEPT);
+        let note = note.expect("[geometry] is not obeyed");
+        assert!(note.contains("keeps the canonical sums of its checkpoint (shards 2, lanes 4, order lanes)"), "{note}");
+    }
+
+    #[test]
+    fn canonical_sums_move_only_when_told_to() {
+        let problems = planned("[parallel]\ntp = 4", 4, KEPT).expect_err("two shards on four ranks");
+        assert_eq!(
+            problems[0],
+            "the checkpoint's canonical sums (shards 2, lanes 4, order lanes) cannot be kept on this layout: a layout with \
+             parallel.tp = 1 or 2 and 1 or 2 or 4 data-parallel ranks, or geometry.move = true to go on with \
+             (shards 4, lanes 1, order lanes): its numbers then differ from an unmoved run's by rounding"
+        );
+        assert!(problems[1].contains("`geometry.shards` = 2 cannot be cut over `parallel.tp` = 4 ranks"), "{problems:?}");
+        let moved = Geometry { shards: 4, lanes: 1, order: Order::Lanes };
+        let (geometry, note) = planned("[parallel]\ntp = 4\n[geometry]\nmove = true", 4, KEPT).expect("it may move");
+        assert_eq!(geometry, moved);
+        assert!(note.expect("it has moved").contains("from (shards 2, lanes 4, order lanes) to (shards 4, lanes 1, order lanes)"));
+        assert_eq!(planned("[parallel]\ntp = 4\n[geometry]\nmove = true", 4, moved), Ok((moved, None)));
     }
 }

@@ -69,7 +69,7 @@ fn run_rank(config: &Config, identity: &Identity) -> Result<Ending, Failure> {
     Plan::new(config, identity.world, None).map_err(Failure::Config)?;
     let team = Team::join(config, identity)?;
     let (checkpoint, notes) = resume::find(config, &team)?;
-    let plan = plan_on(config, identity.world, checkpoint.as_ref())?;
+    let (plan, note) = plan_on(config, identity.world, checkpoint.as_ref())?;
     let writer = open_run(config, identity, &plan, &team)?;
     let stop = StopRequest::listen()?;
     let groups = team.groups(&plan.mesh)?;
@@ -82,7 +82,7 @@ fn run_rank(config: &Config, identity: &Identity) -> Result<Ending, Failure> {
             None => resume::start(&mut trainer, config).map(|()| 0)?,
         };
         let reporter = Reporter::new(&config.run.dir, identity.rank, report_facts(config, &trainer.plan, writer.incarnation()))?;
-        notes.iter().for_each(|note| reporter.say(note));
+        notes.iter().chain(&note).for_each(|note| reporter.say(note));
         let loader = team.first_rank_first(|| corpora::training(config, &trainer))?;
         let validation = team.first_rank_first(|| corpora::validation(config, &trainer))?;
         device.memory().reset_peak();
@@ -95,14 +95,15 @@ fn run_rank(config: &Config, identity: &Identity) -> Result<Ending, Failure> {
 }
 
 /// The plan of the run; one that goes on keeps model and geometry.
-fn plan_on(config: &Config, world: usize, checkpoint: Option<&Checkpoint>) -> Result<Plan, Failure> {
-    let Some(checkpoint) = checkpoint else { return Plan::new(config, world, None).map_err(Failure::Config) };
-    let problems = resume::problems(checkpoint, config)?;
-    if !problems.is_empty() {
-        return Err(Failure::Config(problems));
+fn plan_on(config: &Config, world: usize, checkpoint: Option<&Checkpoint>) -> Result<(Plan, Option<String>), Failure> {
+    if let Some(checkpoint) = checkpoint {
+        let problems = resume::problems(checkpoint, config)?;
+        if !problems.is_empty() {
+            return Err(Failure::Config(problems));
+        }
     }
-    let plan = Plan::new(config, world, Some(resume::geometry(checkpoint)?));
-    plan.map_err(|problems| Failure::Config(resume::explained(problems, checkpoint)))
+    let kept = checkpoint.map(resume::geometry).transpose()?;
+    resume::plan(config, world, kept).map_err(Failure::Config)
 }
 
 struct Run<'a> {
