@@ -125,6 +125,11 @@ impl Writer {
         self.shared.lock().outcomes.pop_front()
     }
 
+    /// Waits until nothing is under way. How it went stays to be asked for.
+    pub fn settle(&mut self) -> Result<()> {
+        self.wait().map(drop)
+    }
+
     /// Waits until nothing is under way. Fails with the first failure that nobody has asked about; successes stay to be asked for.
     pub fn finish(&mut self) -> Result<()> {
         let mut state = self.wait()?;

@@ -86,7 +86,7 @@ fn run_rank(config: &Config, identity: &Identity) -> Result<Ending, Failure> {
         let loader = team.first_rank_first(|| corpora::training(config, &trainer))?;
         let validation = team.first_rank_first(|| corpora::validation(config, &trainer))?;
         device.memory().reset_peak();
-        Run { config, device: &device, trainer, reporter, writer, stop, loader, validation, saved: None }.train(done)
+        Run { config, device: &device, trainer, reporter, writer, stop, loader, validation, saved: None, unsaved: None }.train(done)
     });
     ending.map_err(|error: anyhow::Error| {
         team.fail(&error);
@@ -105,6 +105,8 @@ struct Run<'a> {
     validation: Option<Validation>,
     /// The last step that was handed to the writer.
     saved: Option<u64>,
+    /// Why the last save that ended has failed.
+    unsaved: Option<anyhow::Error>,
 }
 
 impl Run<'_> {
@@ -124,14 +126,16 @@ impl Run<'_> {
             if (interval > 0 && step.is_multiple_of(interval)) || step == last || asked {
                 self.save(step)?;
             }
-            self.report_saves();
             if asked {
                 break;
             }
+            self.report_saves(if step < last { "; training goes on" } else { "" });
         }
-        let finished = self.writer.finish();
-        self.report_saves();
-        finished.context("the last checkpoint was not written; steps since the one before it would be lost")?;
+        self.writer.settle()?;
+        self.report_saves("");
+        if let Some(error) = self.unsaved.take() {
+            return Err(error.context("the last checkpoint was not written; steps since the one before it would be lost"));
+        }
         let stopped = asked && self.saved != Some(last);
         if stopped {
             self.reporter.say("stopped on request: started again, the run goes on from here");
@@ -207,22 +211,24 @@ impl Run<'_> {
         self.writer.save(facts, self.trainer.stage.zero.shards()?)?;
         self.saved = Some(step);
         if !self.config.checkpoint.asynchronous {
-            // A save that fails does not end the run.
-            if let Err(error) = self.writer.finish() {
-                self.reporter.say(&format!("{error:#}; training goes on"));
-            }
+            self.writer.settle()?;
         }
         Ok(())
     }
 
-    fn report_saves(&mut self) {
+    /// A save that fails does not end the run. `then`: what follows such a failure.
+    fn report_saves(&mut self, then: &str) {
         while let Some(outcome) = self.writer.outcome() {
             match outcome.result {
                 Ok(saved) => {
                     self.reporter.say(&format!("saved step {} to {}", outcome.step, saved.folder.display()));
                     saved.warnings.iter().for_each(|warning| self.reporter.say(warning));
+                    self.unsaved = None;
                 }
-                Err(error) => self.reporter.say(&format!("step {} was not saved: {error:#}; training goes on", outcome.step)),
+                Err(error) => {
+                    self.reporter.say(&format!("step {} was not saved: {error:#}{then}", outcome.step));
+                    self.unsaved = Some(error);
+                }
             }
         }
     }
