@@ -5,7 +5,9 @@
 use crate::checkpoint::import::HuggingFace;
 use crate::checkpoint::index::{self, Facts, Kind};
 use crate::checkpoint::load::{self, Checkpoint};
-use crate::config::{Config, Resume};
+use crate::config::choice::Choice;
+use crate::config::source::Problem;
+use crate::config::{Config, Resume, SumOrder};
 use crate::dtype::Dtype;
 use crate::model::init;
 use crate::plan::layout::Piece;
@@ -15,6 +17,7 @@ use crate::train::step::Trainer;
 use crate::train::team::Team;
 use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 /// What the training loop carries from step to step, besides weights and moments.
@@ -38,7 +41,9 @@ pub fn find(config: &Config, team: &Team) -> Result<(Option<Checkpoint>, Vec<Str
     })?;
     let Some(folder) = folder else { return Ok((None, notes)) };
     let checkpoint = Checkpoint::open(&folder)?;
-    notes.extend(changes(&checkpoint, config)?);
+    let told = changes(&checkpoint, config)?.into_iter().filter(|change| is_worth_telling(&change.key));
+    notes.extend(told.map(|change| change.text()));
+    notes.extend(geometry_kept(&checkpoint, config)?);
     notes.push(format!("going on after step {} from {}", checkpoint.index.facts.step, folder.display()));
     Ok((Some(checkpoint), notes))
 }
@@ -46,7 +51,7 @@ pub fn find(config: &Config, team: &Team) -> Result<(Option<Checkpoint>, Vec<Str
 fn choose(config: &Config) -> Result<(Option<Checkpoint>, Vec<String>)> {
     let folder = checkpoints(config);
     let found = match &config.checkpoint.resume {
-        Resume::None => return Ok((None, Vec::new())),
+        Resume::None => return Ok((None, left_behind(&folder)?)),
         Resume::Auto if !folder.exists() => return Ok((None, Vec::new())),
         Resume::Auto => {
             let Some((checkpoint, skipped)) = load::newest_verified(&folder)? else { return Ok((None, Vec::new())) };
@@ -58,6 +63,15 @@ fn choose(config: &Config) -> Result<(Option<Checkpoint>, Vec<String>)> {
     };
     found.verify()?;
     Ok((Some(found), Vec::new()))
+}
+
+/// What a run that starts anew finds in its folder. It is not in the way: later starts are newer, whatever the step.
+fn left_behind(folder: &Path) -> Result<Vec<String>> {
+    let (sound, unsound) = load::newest_first(folder)?;
+    let count = sound.len() + unsound.len();
+    let newest = sound.first().map(|checkpoint| format!(", the newest {}", checkpoint.folder().display())).unwrap_or_default();
+    let note = || format!("starts anew beside {count} checkpoints of earlier starts{newest}, as checkpoint.resume = \"none\" asks");
+    Ok((count > 0).then(note).into_iter().collect())
 }
 
 /// The canonical geometry a checkpoint was made with.
@@ -139,24 +153,71 @@ pub fn facts(trainer: &Trainer, config: &Config, step: u64) -> Result<Facts> {
     })
 }
 
-/// What changed between the configuration of a checkpoint and the one in force. An error where the model itself is another.
-fn changes(checkpoint: &Checkpoint, config: &Config) -> Result<Vec<String>> {
+/// Why the run of a checkpoint cannot go on with this configuration: the keys by which the model is another.
+pub fn problems(checkpoint: &Checkpoint, config: &Config) -> Result<Vec<Problem>> {
+    let at = checkpoint.folder().display();
+    let problem = |change: Change| {
+        let Change { key, was, is } = change;
+        let message = format!("`{key}` {is}, but {at} is of another model: there it {was}");
+        Problem::new(&key, message).help("what it was, to go on; or `checkpoint.resume` = \"none\" and another run.dir, to start anew")
+    };
+    Ok(changes(checkpoint, config)?.into_iter().filter(|change| is_shape(&change.key)).map(problem).collect())
+}
+
+/// What a plan finds wrong with the geometry of a checkpoint, where the configuration by itself has a plan.
+pub fn explained(problems: Vec<Problem>, checkpoint: &Checkpoint) -> Vec<Problem> {
+    let at = checkpoint.folder().display();
+    let explain = |problem: Problem| {
+        let message = format!("{}; a run keeps the geometry that it began with, here that of {at}", problem.message);
+        // Another geometry would help a run that starts.
+        let help = problem.help.as_deref().and_then(|help| help.split("geometry.").next()).map(|help| help.trim_end_matches(", or "));
+        let help = help.filter(|help| !help.is_empty()).unwrap_or("another layout, or a run that starts anew with another geometry");
+        Problem::new(&problem.key, message).help(help)
+    };
+    problems.into_iter().map(explain).collect()
+}
+
+/// Keys of the geometry that ask for another than that of the checkpoint, which counts.
+fn geometry_kept(checkpoint: &Checkpoint, config: &Config) -> Result<Vec<String>> {
+    let kept = geometry(checkpoint)?;
+    let asked = &config.geometry;
+    let mut notes = Vec::new();
+    for (name, asked, kept) in [("shards", asked.shards, kept.shards), ("lanes", asked.lanes, kept.lanes)] {
+        if asked != 0 && asked != kept {
+            notes.push(format!("geometry.{name} stays {kept}, as the run began, and is not {asked}"));
+        }
+    }
+    let (asked, kept) = (asked.order.name(), checkpoint.index.facts.geometry.order.as_str());
+    if asked != SumOrder::Auto.name() && asked != kept {
+        notes.push(format!("geometry.order stays {kept}, as the run began, and is not {asked}"));
+    }
+    Ok(notes)
+}
+
+/// A key that is set otherwise than before.
+struct Change {
+    key: String,
+    was: String,
+    is: String,
+}
+
+impl Change {
+    fn text(&self) -> String {
+        format!("{} {} and {}", self.key, self.was, self.is)
+    }
+}
+
+/// What changed between the configuration of a checkpoint and the one in force.
+fn changes(checkpoint: &Checkpoint, config: &Config) -> Result<Vec<Change>> {
     let at = checkpoint.folder().display();
     let parse = |text: &str| text.parse::<toml::Table>().with_context(|| format!("{at}: its configuration"));
     let (before, now) = (parse(&checkpoint.index.facts.config)?, parse(&config.to_toml())?);
     let mut changes = Vec::new();
-    compare("", &toml::Value::Table(before), &toml::Value::Table(now), &mut changes);
-    let fatal: Vec<&str> = changes.iter().filter(|(key, _)| is_shape(key)).map(|(_, text)| text.as_str()).collect();
-    if !fatal.is_empty() {
-        bail!(
-            "{at} is of another model: {}. Keep the model's keys to go on, or set checkpoint.resume = \"none\" and another run.dir to start anew",
-            fatal.join(", ")
-        );
-    }
-    Ok(changes.into_iter().filter(|(key, _)| is_worth_telling(key)).map(|(_, text)| text).collect())
+    compare("", Some(&toml::Value::Table(before)), Some(&toml::Value::Table(now)), &mut changes);
+    Ok(changes)
 }
 
-/// Keys that decide which tensors there are.
+/// Keys that make the model what it is.
 fn is_shape(key: &str) -> bool {
     let free = ["model.init", "model.init_std", "model.max_position_embeddings", "model.config"];
     key.starts_with("model.") && !free.contains(&key)
@@ -168,21 +229,15 @@ fn is_worth_telling(key: &str) -> bool {
         && !["train.stop_after", "data.cache"].contains(&key)
 }
 
-fn compare(key: &str, before: &toml::Value, now: &toml::Value, changes: &mut Vec<(String, String)>) {
-    if let (toml::Value::Table(before), toml::Value::Table(now)) = (before, now) {
-        let mut keys: Vec<&String> = before.keys().chain(now.keys()).collect();
-        keys.sort();
-        keys.dedup();
-        for name in keys {
+fn compare(key: &str, before: Option<&toml::Value>, now: Option<&toml::Value>, changes: &mut Vec<Change>) {
+    if let (Some(toml::Value::Table(before)), Some(toml::Value::Table(now))) = (before, now) {
+        let names: BTreeSet<&String> = before.keys().chain(now.keys()).collect();
+        for name in names {
             let path = if key.is_empty() { name.clone() } else { format!("{key}.{name}") };
-            match (before.get(name), now.get(name)) {
-                (Some(a), Some(b)) => compare(&path, a, b, changes),
-                (Some(a), None) => changes.push((path.clone(), format!("{path} was {a} and is not set"))),
-                (None, Some(b)) => changes.push((path.clone(), format!("{path} was not set and is {b}"))),
-                (None, None) => unreachable!("the key is of one of the two"),
-            }
+            compare(&path, before.get(name), now.get(name), changes);
         }
     } else if before != now {
-        changes.push((key.to_string(), format!("{key} was {before} and is {now}")));
+        let of = |verb: &str, value: Option<&toml::Value>| value.map_or(format!("{verb} not set"), |value| format!("{verb} {value}"));
+        changes.push(Change { key: key.to_string(), was: of("was", before), is: of("is", now) });
     }
 }

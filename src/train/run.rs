@@ -3,6 +3,7 @@
 //! Invariant: the configuration and the plan are checked before anything is written. After that, what a run has committed is never
 //! lost: it ends with a checkpoint, or it goes on from one.
 
+use crate::checkpoint::load::Checkpoint;
 use crate::checkpoint::save::{Options, Writer};
 use crate::checkpoint::{commit, folder};
 use crate::config::source::Problem;
@@ -68,8 +69,7 @@ fn run_rank(config: &Config, identity: &Identity) -> Result<Ending, Failure> {
     Plan::new(config, identity.world, None).map_err(Failure::Config)?;
     let team = Team::join(config, identity)?;
     let (checkpoint, notes) = resume::find(config, &team)?;
-    let geometry = checkpoint.as_ref().map(resume::geometry).transpose()?;
-    let plan = Plan::new(config, identity.world, geometry).map_err(Failure::Config)?;
+    let plan = plan_on(config, identity.world, checkpoint.as_ref())?;
     let writer = open_run(config, identity, &plan, &team)?;
     let stop = StopRequest::listen()?;
     let groups = team.groups(&plan.mesh)?;
@@ -92,6 +92,17 @@ fn run_rank(config: &Config, identity: &Identity) -> Result<Ending, Failure> {
         team.fail(&error);
         Failure::Error(error)
     })
+}
+
+/// The plan of the run; one that goes on keeps model and geometry.
+fn plan_on(config: &Config, world: usize, checkpoint: Option<&Checkpoint>) -> Result<Plan, Failure> {
+    let Some(checkpoint) = checkpoint else { return Plan::new(config, world, None).map_err(Failure::Config) };
+    let problems = resume::problems(checkpoint, config)?;
+    if !problems.is_empty() {
+        return Err(Failure::Config(problems));
+    }
+    let plan = Plan::new(config, world, Some(resume::geometry(checkpoint)?));
+    plan.map_err(|problems| Failure::Config(resume::explained(problems, checkpoint)))
 }
 
 struct Run<'a> {
