@@ -45,11 +45,15 @@ impl LossScaler {
         self.skips_in_a_row += 1;
         self.scale = (self.scale * settings.backoff).max(settings.min);
         if self.skips_in_a_row >= settings.max_skips {
+            // Where the scale does not move the run is not in f16.
+            let (scale, fits, or) = match settings.backoff < 1.0 {
+                true => (format!(", down to a loss scale of {}", self.scale), " or does not fit f16", ", or set train.dtype = \"bf16\""),
+                false => (String::new(), "", ""),
+            };
             bail!(
-                "{} steps in a row had gradients that are not finite, down to a loss scale of {}: the run has diverged or does not fit f16; \
-                 lower optimizer.lr, lengthen schedule.warmup_steps, or set train.dtype = \"bf16\"",
+                "{} steps in a row had gradients that are not finite{scale}: the run has diverged{fits}; \
+                 lower optimizer.lr, lengthen schedule.warmup_steps{or}",
                 self.skips_in_a_row,
-                self.scale
             );
         }
         Ok(())
