@@ -2,7 +2,8 @@
 //!
 //! Invariant: what a run leaves is taken from global tensors, so runs of different layouts can be compared bit by bit.
 
-use ferrotron::checkpoint::save::Shard;
+use ferrotron::checkpoint::load::{Checkpoint, newest_verified};
+use ferrotron::checkpoint::save::{Options, Shard, Writer};
 use ferrotron::comm::connect::Transport;
 use ferrotron::comm::groups::Groups;
 use ferrotron::comm::threads::Threads;
@@ -14,8 +15,13 @@ use ferrotron::rng::Stream;
 use ferrotron::train::resume;
 use ferrotron::train::step::Trainer;
 use std::collections::BTreeMap;
+use std::ops::Range;
+use std::path::Path;
 use std::thread;
 use std::time::Duration;
+
+/// Longer than any step or save of these models on a busy machine.
+const WAIT: Duration = Duration::from_secs(120);
 
 /// What a run of some steps leaves.
 #[derive(Clone, PartialEq, Debug)]
@@ -47,15 +53,30 @@ impl Trace {
 /// Bits of loss and norm of every step, and what the rank holds in the end.
 type Left = (Vec<(u64, u64)>, Vec<Shard>);
 
+/// Where a run begins, which steps it does, and where it leaves a checkpoint. Folders are those of a run's checkpoints.
+pub struct Leg<'a> {
+    pub from: Option<&'a Path>,
+    pub steps: Range<u64>,
+    pub save_to: Option<&'a Path>,
+}
+
 /// Trains `steps` steps of `config` on `world` ranks.
 pub fn train(config: &Config, world: usize, steps: u64) -> Trace {
-    let plan = Plan::new(config, world, None).unwrap_or_else(|problems| panic!("{problems:#?}"));
-    let threads = Transport::Threads(Threads::new(world, Duration::from_secs(120)));
+    run(config, world, &Leg { from: None, steps: 0..steps, save_to: None })
+}
+
+/// A part of a run, on `world` ranks.
+pub fn run(config: &Config, world: usize, leg: &Leg<'_>) -> Trace {
+    let open = |folder: &Path| newest_verified(folder).expect("sound checkpoints").expect("a checkpoint").0;
+    let checkpoint = leg.from.map(open);
+    let geometry = checkpoint.as_ref().map(|checkpoint| resume::geometry(checkpoint).expect("a geometry"));
+    let plan = Plan::new(config, world, geometry).unwrap_or_else(|problems| panic!("{problems:#?}"));
+    let threads = Transport::Threads(Threads::new(world, WAIT));
     let mut outcomes: Vec<Left> = thread::scope(|scope| {
         let ranks: Vec<_> = (0..world)
             .map(|rank| {
-                let (plan, threads) = (plan.clone(), threads.clone());
-                scope.spawn(move || one_rank(config, plan, &threads, rank, steps))
+                let (plan, threads, checkpoint) = (plan.clone(), threads.clone(), checkpoint.as_ref());
+                scope.spawn(move || one_rank(config, plan, &threads, rank, leg, checkpoint))
             })
             .collect();
         ranks.into_iter().map(|rank| rank.join().expect("no rank panics")).collect()
@@ -69,20 +90,43 @@ pub fn train(config: &Config, world: usize, steps: u64) -> Trace {
     Trace { steps, tensors }
 }
 
-fn one_rank(config: &Config, plan: Plan, transport: &Transport, rank: usize, steps: u64) -> Left {
+fn one_rank(config: &Config, plan: Plan, transport: &Transport, rank: usize, leg: &Leg<'_>, checkpoint: Option<&Checkpoint>) -> Left {
     let device = Device::cpu(1);
     let groups = Groups::connect(transport, &plan.mesh, rank).expect("groups of threads");
     let vocabulary = config.model.vocab_size;
     let mut trainer = Trainer::new(config, plan, rank, &device, groups).expect("a trainer");
-    resume::start(&mut trainer, config).expect("initial weights");
+    match checkpoint {
+        None => resume::start(&mut trainer, config).expect("initial weights"),
+        Some(checkpoint) => {
+            let done = resume::load(&mut trainer, checkpoint).expect("a sound checkpoint");
+            assert_eq!(done, leg.steps.start, "the run goes on where it was saved");
+        }
+    }
     let mut seen = Vec::new();
-    for step in 0..steps {
+    for step in leg.steps.clone() {
         let batch = batch(step, &trainer.rank.rows, trainer.plan.t, vocabulary);
         let outcome = trainer.step(step, &batch, false).expect("a step");
         assert!(outcome.applied && outcome.loss.is_finite(), "step {step}: {outcome:?}");
         seen.push((outcome.loss.to_bits(), outcome.norm.to_bits()));
     }
+    if let Some(folder) = leg.save_to {
+        save(&trainer, config, folder, leg.steps.end);
+    }
     (seen, trainer.stage.zero.shards().expect("gathers that end"))
+}
+
+/// Every rank writes its part, as a run does.
+fn save(trainer: &Trainer, config: &Config, folder: &Path, step: u64) {
+    let (rank, world) = (trainer.index(), trainer.plan.mesh.world());
+    let options = Options { checkpoints: folder.to_owned(), rank, world, incarnation: 1, keep: 0, deadline: WAIT };
+    let make = || Writer::new(options.clone()).expect("a writer");
+    // Rank 0 takes possession of the folder before anybody writes to it.
+    let first = (rank == 0).then(make);
+    trainer.world().barrier().expect("all ranks come here");
+    let mut writer = first.unwrap_or_else(make);
+    let facts = resume::facts(trainer, config, step).expect("plain facts");
+    writer.save(facts, trainer.stage.zero.shards().expect("gathers that end")).expect("sound shards");
+    writer.finish().expect("nothing is in the way of a save");
 }
 
 /// Rows of the step, each a function of (step, row).
