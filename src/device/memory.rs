@@ -70,6 +70,11 @@ impl Memory {
         self.lock().bytes_peak
     }
 
+    /// Bytes of freed buffers that are kept to be given out again.
+    pub fn bytes_free(&self) -> usize {
+        self.lock().free.iter().map(|(blocks, buffers)| 64 * blocks * buffers.len()).sum()
+    }
+
     /// From now on `bytes_peak` counts anew, starting at what is live.
     pub fn reset_peak(&self) {
         let mut state = self.lock();
