@@ -192,6 +192,7 @@ fn geometry(mut r: Reader) -> Geometry {
         shards: r.whole("shards", 0..=1 << 20).unwrap_or(0),
         lanes: r.whole("lanes", 0..=1 << 20).unwrap_or(0),
         order: r.choice("order").unwrap_or(SumOrder::Auto),
+        may_move: r.flag("move").unwrap_or(false),
     };
     r.finish();
     geometry

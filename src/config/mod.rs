@@ -221,6 +221,10 @@ pub struct Geometry {
     /// What is added first. Default `auto`: lanes when the first layout has zero <= 1, else rows.
     #[serde(serialize_with = "name")]
     pub order: SumOrder,
+    /// Key `move`. True: a run may go on with other canonical sums than its checkpoint's, those of this section and the layout; its
+    /// numbers then differ from an unmoved run's by rounding. Default false.
+    #[serde(rename = "move")]
+    pub may_move: bool,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

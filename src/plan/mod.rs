@@ -25,6 +25,7 @@ use schedule::Schedule;
 use schedule::passes::Reductions;
 use serde::{Deserialize, Serialize};
 use simulate::{Links, Proof};
+use std::fmt;
 use std::ops::Range;
 
 /// The run's canonical sums, fixed when it starts and kept in its checkpoints.
@@ -35,6 +36,16 @@ pub struct Geometry {
     /// The finest data-parallel cut.
     pub lanes: usize,
     pub order: Order,
+}
+
+impl fmt::Display for Geometry {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let order = match self.order {
+            Order::Lanes => "lanes",
+            Order::Rows => "rows",
+        };
+        write!(f, "shards {}, lanes {}, order {order}", self.shards, self.lanes)
+    }
 }
 
 /// What is added first: each lane's sequences, or each micro-batch over the lanes.

@@ -1,6 +1,7 @@
 //! Where a run goes on from: a checkpoint, given weights, or its seed.
 //!
-//! Invariant: a run that goes on does so with the canonical geometry of its checkpoint, and says what else has changed since.
+//! Invariant: a run that goes on does so with the canonical geometry of its checkpoint, unless it was told that it may move, and says
+//! what has changed since.
 
 use crate::checkpoint::import::HuggingFace;
 use crate::checkpoint::index::{self, Facts, Kind};
@@ -11,7 +12,7 @@ use crate::config::{Config, Resume, SumOrder};
 use crate::dtype::Dtype;
 use crate::model::init;
 use crate::plan::layout::Piece;
-use crate::plan::{Geometry, Order};
+use crate::plan::{Geometry, Order, Plan};
 use crate::train::loss_scale::LossScaler;
 use crate::train::step::Trainer;
 use crate::train::team::Team;
@@ -43,7 +44,9 @@ pub fn find(config: &Config, team: &Team) -> Result<(Option<Checkpoint>, Vec<Str
     let checkpoint = Checkpoint::open(&folder)?;
     let told = changes(&checkpoint, config)?.into_iter().filter(|change| is_worth_telling(&change.key));
     notes.extend(told.map(|change| change.text()));
-    notes.extend(geometry_kept(&checkpoint, config)?);
+    if !config.geometry.may_move {
+        notes.extend(geometry_kept(&checkpoint, config)?);
+    }
     notes.push(format!("going on after step {} from {}", checkpoint.index.facts.step, folder.display()));
     Ok((Some(checkpoint), notes))
 }
@@ -171,11 +174,20 @@ pub fn explained(problems: Vec<Problem>, checkpoint: &Checkpoint) -> Vec<Problem
         let message = format!("{}; a run keeps the geometry that it began with, here that of {at}", problem.message);
         // Another geometry would help a run that starts.
         let help = problem.help.as_deref().and_then(|help| help.split("geometry.").next()).map(|help| help.trim_end_matches(", or "));
-        let help = help.filter(|help| !help.is_empty()).unwrap_or("another layout, or a run that starts anew with another geometry");
-        Problem::new(&problem.key, message).help(help)
+        let help = help.filter(|help| !help.is_empty()).unwrap_or("another layout");
+        Problem::new(&problem.key, message).help(format!("{help}, or geometry.move = true to go on with other sums: {ROUNDING}"))
     };
     problems.into_iter().map(explain).collect()
 }
+
+/// What there is to say of a run whose plan does not keep the geometry of its checkpoint.
+pub fn moved(checkpoint: &Checkpoint, plan: &Plan) -> Result<Option<String>> {
+    let kept = geometry(checkpoint)?;
+    let note = || format!("the geometry moves from ({kept}) to ({}), as geometry.move allows: {ROUNDING}", plan.geometry);
+    Ok((plan.geometry != kept).then(note))
+}
+
+const ROUNDING: &str = "its numbers then differ from an unmoved run's by rounding";
 
 /// Keys of the geometry that ask for another than that of the checkpoint, which counts.
 fn geometry_kept(checkpoint: &Checkpoint, config: &Config) -> Result<Vec<String>> {

@@ -70,6 +70,7 @@ fn run_rank(config: &Config, identity: &Identity) -> Result<Ending, Failure> {
     let team = Team::join(config, identity)?;
     let (checkpoint, notes) = resume::find(config, &team)?;
     let plan = plan_on(config, identity.world, checkpoint.as_ref())?;
+    let moved = checkpoint.as_ref().map(|checkpoint| resume::moved(checkpoint, &plan)).transpose()?.flatten();
     let writer = open_run(config, identity, &plan, &team)?;
     let stop = StopRequest::listen()?;
     let groups = team.groups(&plan.mesh)?;
@@ -82,7 +83,7 @@ fn run_rank(config: &Config, identity: &Identity) -> Result<Ending, Failure> {
             None => resume::start(&mut trainer, config).map(|()| 0)?,
         };
         let reporter = Reporter::new(&config.run.dir, identity.rank, report_facts(config, &trainer.plan, writer.incarnation()))?;
-        notes.iter().for_each(|note| reporter.say(note));
+        notes.iter().chain(&moved).for_each(|note| reporter.say(note));
         let loader = team.first_rank_first(|| corpora::training(config, &trainer))?;
         let validation = team.first_rank_first(|| corpora::validation(config, &trainer))?;
         device.memory().reset_peak();
@@ -94,15 +95,15 @@ fn run_rank(config: &Config, identity: &Identity) -> Result<Ending, Failure> {
     })
 }
 
-/// The plan of the run; one that goes on keeps model and geometry.
+/// The plan of the run; one that goes on keeps its model, and its geometry unless it was told that it may move.
 fn plan_on(config: &Config, world: usize, checkpoint: Option<&Checkpoint>) -> Result<Plan, Failure> {
     let Some(checkpoint) = checkpoint else { return Plan::new(config, world, None).map_err(Failure::Config) };
     let problems = resume::problems(checkpoint, config)?;
     if !problems.is_empty() {
         return Err(Failure::Config(problems));
     }
-    let plan = Plan::new(config, world, Some(resume::geometry(checkpoint)?));
-    plan.map_err(|problems| Failure::Config(resume::explained(problems, checkpoint)))
+    let kept = if config.geometry.may_move { None } else { Some(resume::geometry(checkpoint)?) };
+    Plan::new(config, world, kept).map_err(|problems| Failure::Config(resume::explained(problems, checkpoint)))
 }
 
 struct Run<'a> {
