@@ -1,7 +1,7 @@
 //! Memory is what the rehearsal said, to the byte, on every rank; and a step leaves as much as the one before it.
 
-#[path = "support/ranks.rs"]
-mod ranks;
+#[path = "support/tokens.rs"]
+mod tokens;
 
 use ferrotron::comm::connect::Transport;
 use ferrotron::comm::groups::Groups;
@@ -34,7 +34,7 @@ fn measured(config: &Config, plan: &Plan, transport: &Transport, rank: usize) ->
     resume::start(&mut trainer, config).expect("initial weights");
     memory.reset_peak();
     let step = |step| {
-        let batch = ranks::batch(step, &trainer.rank.rows, plan.t, config.model.vocab_size);
+        let batch = tokens::batch(step, &trainer.rank.rows, plan.t, config.model.vocab_size);
         assert!(trainer.step(step, &batch, false).expect("a step").applied);
         [memory.bytes_live(), memory.bytes_free(), memory.bytes_peak()]
     };

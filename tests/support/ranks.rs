@@ -2,16 +2,17 @@
 //!
 //! Invariant: what a run leaves is taken from global tensors, so runs of different layouts can be compared bit by bit.
 
+#[path = "tokens.rs"]
+mod tokens;
+
 use ferrotron::checkpoint::load::{Checkpoint, newest_verified};
 use ferrotron::checkpoint::save::{Options, Shard, Writer};
 use ferrotron::comm::connect::Transport;
 use ferrotron::comm::groups::Groups;
 use ferrotron::comm::threads::Threads;
 use ferrotron::config::Config;
-use ferrotron::data::loader::Batch;
 use ferrotron::device::Device;
 use ferrotron::plan::Plan;
-use ferrotron::rng::Stream;
 use ferrotron::train::resume;
 use ferrotron::train::step::Trainer;
 use std::collections::BTreeMap;
@@ -104,7 +105,7 @@ fn one_rank(config: &Config, plan: Plan, transport: &Transport, rank: usize, leg
     }
     let mut seen = Vec::new();
     for step in leg.steps.clone() {
-        let batch = batch(step, &trainer.rank.rows, trainer.plan.t, vocabulary);
+        let batch = tokens::batch(step, &trainer.rank.rows, trainer.plan.t, vocabulary);
         let outcome = trainer.step(step, &batch, false).expect("a step");
         assert!(outcome.applied && outcome.loss.is_finite(), "step {step}: {outcome:?}");
         seen.push((outcome.loss.to_bits(), outcome.norm.to_bits()));
@@ -127,25 +128,6 @@ fn save(trainer: &mut Trainer, config: &Config, folder: &Path, step: u64) {
     let facts = resume::facts(trainer, config, step).expect("plain facts");
     writer.save(facts, trainer.stage.zero.shards().expect("gathers that end")).expect("sound shards");
     writer.finish().expect("nothing is in the way of a save");
-}
-
-/// Rows of the step, each a function of (step, row).
-pub fn batch(step: u64, rows: &[usize], t: usize, vocabulary: usize) -> Batch {
-    let stream = Stream::new(3, "tokens");
-    let token = |row: usize, i: usize| {
-        let draw = stream.uniform((step * 1_000 + row as u64) * 10_000 + i as u64);
-        // Small ids are more frequent: there is something to learn.
-        (draw * draw * vocabulary as f64) as u32
-    };
-    let each = |offset: usize| rows.iter().flat_map(|&row| (0..t).map(move |i| token(row, i + offset))).collect();
-    Batch {
-        rows: rows.to_vec(),
-        seq_len: t,
-        inputs: each(0),
-        targets: each(1),
-        positions: rows.iter().flat_map(|_| 0..t as u32).collect(),
-        starts: vec![0; rows.len() * t],
-    }
 }
 
 /// Copies the boxes of a shard into the whole tensors.
