@@ -6,7 +6,7 @@
 use ferrotron::comm::connect::Transport;
 use ferrotron::comm::groups::Groups;
 use ferrotron::comm::threads::Threads;
-use ferrotron::config::Config;
+use ferrotron::config::{Config, DataSource};
 use ferrotron::data::loader::Batch;
 use ferrotron::device::Device;
 use ferrotron::parallel::state::Held;
@@ -15,7 +15,11 @@ use ferrotron::plan::catalog::Kind;
 use ferrotron::plan::traffic::{Count, Traffic};
 use ferrotron::train::step::Trainer;
 use ferrotron::train::{forecast, rehearsal, resume};
+use serde_json::Value;
 use std::collections::BTreeMap;
+use std::fs;
+use std::path::Path;
+use std::process::Command;
 use std::thread;
 use std::time::Duration;
 
@@ -126,9 +130,10 @@ fn measure_rank(config: &Config, plan: Plan, transport: &Transport, rank: usize)
         assert!(outcome.applied, "{outcome:?}");
         traffic.push(sent(&trainer.groups));
     }
+    let peak = device.memory().bytes_peak();
     assert_eq!(traffic[0], traffic[1], "steps are alike");
     assert_eq!(trainer.stage.zero.held().expect("gathers that end"), held, "between steps a rank holds what it held before");
-    Measured { held, peak: device.memory().bytes_peak(), traffic: traffic.swap_remove(1) }
+    Measured { held, peak, traffic: traffic.swap_remove(1) }
 }
 
 fn batch(rows: &[usize], t: usize, vocabulary: usize) -> Batch {
@@ -271,5 +276,42 @@ fn sums_in_the_order_of_rows_take_less() {
     println!("{peaks:?}");
     for zero in [2, 3] {
         assert!(peaks[&(zero, "rows")] < peaks[&(zero, "lanes")], "{peaks:?}");
+    }
+}
+
+/// The program, with nothing in its environment that names a rank.
+fn ferrotron(arguments: &[&str]) -> Vec<u8> {
+    let output = Command::new(env!("CARGO_BIN_EXE_ferrotron")).args(arguments).env_clear().output().expect("the program starts");
+    assert!(output.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
+    output.stdout
+}
+
+/// The number that `plan` prints is the one that a run then reports, whatever the number of its threads.
+#[test]
+fn a_run_reports_the_peak_that_its_plan_told() {
+    let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("budget");
+    if folder.exists() {
+        fs::remove_dir_all(&folder).expect("our own folder");
+    }
+    fs::create_dir_all(&folder).expect("a folder");
+    for (name, case) in
+        [("llama", PLAIN), ("gpt2", Case { family: "gpt2", tied: true, dtype: "f32", recompute: "full", micro: 4, ..PLAIN })]
+    {
+        let (file, run) = (folder.join(format!("{name}.toml")), folder.join(name));
+        let mut config = case.config();
+        config.run.dir.clone_from(&run);
+        config.train.steps = 2;
+        config.device.threads = 2;
+        config.data.cache = folder.join("cache");
+        config.data.sources = vec![DataSource { path: concat!(env!("CARGO_MANIFEST_DIR"), "/Cargo.lock").to_string(), weight: 1.0 }];
+        fs::write(&file, config.to_toml()).expect("a file");
+        let file = file.to_str().expect("a path of ours");
+        let told: Value = serde_json::from_slice(&ferrotron(&["plan", file, "--json"])).expect("JSON");
+        ferrotron(&["train", file]);
+        let metrics = fs::read_to_string(run.join("metrics.jsonl")).expect("metrics");
+        let last: Value = metrics.lines().last().and_then(|line| serde_json::from_str(line).ok()).expect("a line of metrics");
+        let (told, reported) = (&told["memory_bytes"][0]["peak"], &last["memory_peak_bytes"]);
+        println!("{name}: {told} told, {reported} reported");
+        assert_eq!(told, reported, "{name}");
     }
 }

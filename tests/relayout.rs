@@ -16,6 +16,8 @@ const STEPS: u64 = 4;
 /// What stays: the model and the run's canonical sums.
 struct Run {
     family: &'static str,
+    /// Fewer than shards: neighbouring shards share them.
+    kv_heads: usize,
     tied: bool,
     dtype: &'static str,
     shards: usize,
@@ -51,8 +53,8 @@ impl Layout {
 
     fn config(&self, run: &Run) -> Config {
         let Layout { replicate, shard, tp, pp, zero, schedule: (schedule, chunks), recompute, sequence, micro } = self;
-        let Run { family, tied, dtype, shards, lanes, order, .. } = run;
-        let kv = if *family == "llama" { "num_kv_heads = 4" } else { "" };
+        let Run { family, kv_heads, tied, dtype, shards, lanes, order, .. } = run;
+        let kv = if *family == "llama" { format!("num_kv_heads = {kv_heads}") } else { String::new() };
         let text = format!(
             "[model]\nfamily = \"{family}\"\nhidden_size = 32\nintermediate_size = 64\nnum_layers = 8\nnum_heads = 8\n{kv}\n\
              vocab_size = 97\ntie_word_embeddings = {tied}\ninit_std = 0.1\n\
@@ -82,6 +84,7 @@ impl Choices {
         let (family, tied) = self.of(&[("llama", false), ("llama", true), ("gpt2", true)]);
         Run {
             family,
+            kv_heads: self.of(&[1, 2, 4]),
             tied,
             dtype: ["f32", "bf16"][case % 2],
             shards: self.of(&[2, 4]),
@@ -153,11 +156,13 @@ fn a_run_that_moves_is_the_run_that_stays() {
     for case in 0..20 {
         let run = choices.run(case);
         let layouts = [(); 3].map(|()| choices.layout(&run));
-        let Run { family, tied, dtype, shards, lanes, order, .. } = run;
+        let Run { family, kv_heads, tied, dtype, shards, lanes, order, .. } = run;
         let begun = Instant::now();
         let difference = moved(&case.to_string(), &run, &layouts);
         let (verdict, seconds) = (difference.as_deref().unwrap_or("equal"), begun.elapsed().as_secs_f64());
-        println!("case {case}: {family} tied {tied} {dtype}, shards {shards} lanes {lanes} {order}: {verdict} ({seconds:.2} s)");
+        println!(
+            "case {case}: {family} kv {kv_heads} tied {tied} {dtype}, shards {shards} lanes {lanes} {order}: {verdict} ({seconds:.2} s)"
+        );
         layouts.iter().for_each(|layout| println!("    {}", layout.text()));
         failures.extend(difference.map(|difference| format!("case {case}: {difference}")));
     }
@@ -168,7 +173,8 @@ fn a_run_that_moves_is_the_run_that_stays() {
 fn refused(change: impl Fn(&mut Config), world: usize, geometry: Geometry) -> String {
     let plain =
         Layout { replicate: 1, shard: 1, tp: 1, pp: 1, zero: 1, schedule: ("1f1b", 1), recompute: "none", sequence: true, micro: 1 };
-    let mut config = plain.config(&Run { family: "llama", tied: false, dtype: "f32", shards: 0, lanes: 0, order: "auto", rows: 1 });
+    let mut config =
+        plain.config(&Run { family: "llama", kv_heads: 4, tied: false, dtype: "f32", shards: 0, lanes: 0, order: "auto", rows: 1 });
     change(&mut config);
     Plan::new(&config, world, None).expect("a run may start with it");
     let problems = Plan::new(&config, world, Some(geometry)).expect_err("the geometry does not allow it");

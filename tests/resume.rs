@@ -11,8 +11,8 @@ mod trace;
 use ferrotron::checkpoint::diff::diff;
 use ferrotron::checkpoint::load::Checkpoint;
 use ferrotron::rng::Stream;
-use runs::Runs;
-use rustix::process::Signal;
+use runs::{Running, Runs};
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -74,29 +74,33 @@ fn killed_at_any_moment_in_f16_with_skipped_steps() {
     survives_kills("killed-f16", &["train.dtype=\"f16\"", "train.loss_scale.initial=1e14", "train.loss_scale.growth_interval=6"]);
 }
 
-/// The ranks that a launcher has started.
-fn children(parent: u32) -> Vec<i32> {
-    let path = format!("/proc/{parent}/task/{parent}/children");
-    fs::read_to_string(path).unwrap_or_default().split_whitespace().filter_map(|id| id.parse().ok()).collect()
+/// The ranks that a launcher has started, when all are there.
+fn ranks_of(launcher: &Running, count: usize) -> Vec<Pid> {
+    let path = format!("/proc/{0}/task/{0}/children", launcher.id());
+    loop {
+        let ids = fs::read_to_string(&path).expect("a launcher that runs");
+        let ids: Vec<Pid> = ids.split_whitespace().filter_map(|id| id.parse().ok().and_then(Pid::from_raw)).collect();
+        if ids.len() == count {
+            return ids;
+        }
+        sleep(Duration::from_millis(1));
+    }
 }
 
 #[test]
 fn a_rank_that_is_killed_costs_a_restart_and_nothing_else() {
     let runs = Runs::new("launched");
-    let sets = ["parallel.dp_shard=2", "parallel.zero=2", "train.steps=24"];
+    let sets = ["parallel.dp_shard=2", "parallel.zero=2", "train.steps=120"];
     let launch = ["launch", "--nproc-per-node", "2", "--standalone", "--max-restarts", "4", "--shutdown-timeout", "0.2"];
     runs.spawn(runs.command(&launch, "whole", &sets)).finish().expect(0);
     let mut launcher = runs.spawn(runs.command(&launch, "killed", &sets));
-    for (victim, step) in [(0, 4), (1, 11)] {
-        launcher.await_text(&format!("saved step {}", step / 3 * 3));
-        let ranks = children(launcher.id());
-        assert_eq!(ranks.len(), 2, "a launcher of two ranks");
-        let id = rustix::process::Pid::from_raw(ranks[victim]).expect("an id");
-        rustix::process::kill_process(id, Signal::KILL).expect("a rank that trains");
+    for (victim, step) in [(0, 3), (1, 30)] {
+        launcher.await_text(&format!("saved step {step} "));
+        kill_process(ranks_of(&launcher, 2)[victim], Signal::KILL).expect("a rank that trains");
         launcher.await_text(&format!("restart {} of 4", victim + 1));
     }
     launcher.finish().expect(0);
-    runs.assert_equal("killed", "whole", 24);
+    runs.assert_equal("killed", "whole", 120);
 }
 
 #[test]
