@@ -88,10 +88,10 @@ fn a_wrong_configuration_is_2_and_writes_nothing() {
 #[test]
 fn plan_needs_nothing_but_the_configuration() {
     let output = ferrotron(&["plan", "configs/quickstart.toml"]);
-    assert_eq!((code(&output), out(&output).contains("4197888")), (0, true), "{}{}", out(&output), err(&output));
+    assert_eq!((code(&output), out(&output).contains("1673088")), (0, true), "{}{}", out(&output), err(&output));
     let output = ferrotron(&["plan", "configs/quickstart.toml", "--json"]);
     let json: serde_json::Value = serde_json::from_slice(&output.stdout).expect("JSON on stdout");
-    assert_eq!(json["parameters"], 4_197_888);
+    assert_eq!(json["parameters"], 1_673_088);
 }
 
 #[test]
