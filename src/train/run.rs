@@ -13,13 +13,13 @@ use crate::dtype::Dtype;
 use crate::launch::failure;
 use crate::launch::identity::Identity;
 use crate::launch::signals::StopRequest;
-use crate::plan::Plan;
 use crate::plan::budget::{self, Flops};
+use crate::plan::{Geometry, Plan};
 use crate::train::evaluate::Validation;
 use crate::train::report::{Facts, Reporter, Step, StepClock};
 use crate::train::step::{Outcome, Trainer};
 use crate::train::team::Team;
-use crate::train::{corpora, forecast, resume};
+use crate::train::{corpora, fit, forecast, resume};
 use anyhow::{Context, Result, bail};
 use std::fs;
 use std::path::Path;
@@ -60,11 +60,11 @@ pub fn run(config: &Config, identity: &Identity) -> Result<Ending, Failure> {
 fn run_rank(config: &Config, identity: &Identity) -> Result<Ending, Failure> {
     let device = device(config, identity)?;
     // Before anybody waits for anybody: a layout that cannot be is known at once.
-    Plan::new(config, identity.world, None).map_err(Failure::Config)?;
+    planned(config, identity.world, None)?;
     let team = Team::join(config, identity)?;
     let (checkpoint, notes) = resume::find(config, &team)?;
     let geometry = checkpoint.as_ref().map(resume::geometry).transpose()?;
-    let plan = Plan::new(config, identity.world, geometry).map_err(Failure::Config)?;
+    let plan = planned(config, identity.world, geometry)?;
     let writer = open_run(config, identity, &plan, &team)?;
     let stop = StopRequest::listen()?;
     let groups = team.groups(&plan.mesh)?;
@@ -202,6 +202,15 @@ fn report_facts(config: &Config, plan: &Plan, incarnation: u64) -> Facts {
         flops_per_token: Flops::of(plan).per_token as f64,
         peak_flops: None,
         incarnation,
+    }
+}
+
+/// A plan that can be carried out on this device.
+fn planned(config: &Config, world: usize, geometry: Option<Geometry>) -> Result<Plan, Failure> {
+    let plan = Plan::new(config, world, geometry).map_err(Failure::Config)?;
+    match fit::check(config, &plan)? {
+        Some(problem) => Err(Failure::Config(vec![problem])),
+        None => Ok(plan),
     }
 }
 
