@@ -20,6 +20,7 @@ use ferrotron::launch::identity::{self, Identity};
 use ferrotron::launch::options::LaunchOptions;
 use ferrotron::launch::supervisor;
 use ferrotron::plan::Plan;
+use ferrotron::train::fit;
 use ferrotron::train::forecast;
 use ferrotron::train::generate::{Sampling, Speaker};
 use ferrotron::train::run::{self, Ending, Failure};
@@ -230,7 +231,13 @@ fn plan(arguments: &PlanArguments) -> Result<ExitCode> {
     let parallel = &config.parallel;
     let least = parallel.tp * parallel.pp * parallel.dp_replicate * parallel.dp_shard.max(1) as usize;
     let world = arguments.world.map_or(least, |world| world as usize);
-    let plan = Plan::new(&config, world, None).map_err(|problems| Problems { source, problems })?;
+    let plan = match Plan::new(&config, world, None) {
+        Ok(plan) => plan,
+        Err(problems) => return Err(Problems { source, problems }.into()),
+    };
+    if let Some(problem) = fit::check(&config, &plan)? {
+        return Err(Problems { source, problems: vec![problem] }.into());
+    }
     if let Some(file) = &arguments.svg {
         std::fs::write(file, forecast::svg(&plan)).with_context(|| format!("writing {}", file.display()))?;
     }

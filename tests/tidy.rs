@@ -37,6 +37,7 @@ const UNSAFE: &[&str] = &[
     "src/launch/spawn.rs",
     "src/device/cpu/",
     "src/device/cuda.rs",
+    "src/device/mapped.rs",
     "src/device/emulated.rs",
     "src/comm/nccl.rs",
     "src/comm/shared_memory.rs",

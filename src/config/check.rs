@@ -5,7 +5,7 @@
 
 use super::reader::Findings;
 use super::source::Problem;
-use super::{Data, Eval, Model, Schedule, ScheduleKind, Train};
+use super::{Data, Eval, Model, Offload, Parallel, Schedule, ScheduleKind, Train};
 
 /// Reports a conflict at the first of `keys`, unless one of them is wrong by itself.
 fn conflict(findings: &mut Findings, keys: &[&str], message: String, help: String) {
@@ -34,6 +34,17 @@ pub fn positions(train: &Train, model: &Model, findings: &mut Findings) {
         let message = format!("`train.seq_len` = {seq_len} is above `model.max_position_embeddings` = {most}");
         let help = format!("seq_len {most} or less, or max_position_embeddings {seq_len}");
         conflict(findings, &["train.seq_len", "model.max_position_embeddings"], message, help);
+    }
+}
+
+pub fn offload(parallel: &Parallel, findings: &mut Findings) {
+    if parallel.offload_weights != Offload::None && parallel.zero != 3 {
+        let message = format!(
+            "`parallel.offload_weights` is set, but with `parallel.zero` = {} every rank computes with whole weights",
+            parallel.zero
+        );
+        let help = "zero = 3, which gathers weights for their use only, or offload_weights = \"none\"".to_string();
+        conflict(findings, &["parallel.offload_weights", "parallel.zero"], message, help);
     }
 }
 

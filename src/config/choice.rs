@@ -2,7 +2,7 @@
 //!
 //! Invariant: one list per set of names serves reading, writing and messages, so they cannot disagree.
 
-use super::{DataOrder, DeviceKind, Family, OptimizerKind, Recompute, Resume, RopeType, ScheduleKind, SumOrder, WsdShape};
+use super::{DataOrder, DeviceKind, Family, Offload, OptimizerKind, Recompute, Resume, RopeType, ScheduleKind, SumOrder, WsdShape};
 use crate::dtype::Dtype;
 use serde::{Serialize, Serializer};
 
@@ -27,6 +27,15 @@ impl Serialize for Resume {
             Resume::None => serializer.serialize_str("none"),
             Resume::Step(step) => serializer.serialize_u64(*step),
             Resume::Path(path) => path.serialize(serializer),
+        }
+    }
+}
+
+impl Serialize for Offload {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        match self {
+            Offload::None => serializer.serialize_str("none"),
+            Offload::Folder(path) => path.serialize(serializer),
         }
     }
 }

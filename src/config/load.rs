@@ -6,8 +6,8 @@
 use super::reader::{COUNT, DIM, Findings, Reader, SOME, nearest};
 use super::source::{Problem, Problems, Source};
 use super::{
-    Checkpoint, Config, Data, DataOrder, DataSource, Device, DeviceKind, Eval, Geometry, Log, Optimizer, OptimizerKind, Parallel, Resume,
-    Run, Schedule, ScheduleKind, SumOrder, WsdShape,
+    Checkpoint, Config, Data, DataOrder, DataSource, Device, DeviceKind, Eval, Geometry, Log, Offload, Optimizer, OptimizerKind, Parallel,
+    Resume, Run, Schedule, ScheduleKind, SumOrder, WsdShape,
 };
 use super::{check, load_model, load_train};
 use std::path::{Path, PathBuf};
@@ -94,6 +94,7 @@ fn read(mut table: Table, stem: &str, findings: &mut Findings) -> Option<Config>
     }
     findings.report_unknown_keys();
     check::evaluation(&eval, &data, findings);
+    check::offload(&parallel, findings);
     if let Some(train) = &train {
         check::training(train, findings);
         check::schedule(&schedule, train.steps, optimizer.lr, findings);
@@ -165,8 +166,33 @@ fn parallel(mut r: Reader) -> Parallel {
     let pp_schedule = r.text("pp_schedule").unwrap_or_else(|| "1f1b".to_string());
     let pp_schedule_text = if PP_SCHEDULES.contains(&pp_schedule.as_str()) { None } else { schedule_file(&mut r, &pp_schedule) };
     let pp_chunks = r.whole("pp_chunks", DIM).unwrap_or(1);
+    let [offload_optimizer, offload_weights] = ["offload_optimizer", "offload_weights"].map(|key| offload(&mut r, key));
     r.finish();
-    Parallel { tp, pp, dp_replicate, dp_shard, zero, sequence_parallel, pp_schedule, pp_schedule_text, pp_chunks }
+    Parallel {
+        tp,
+        pp,
+        dp_replicate,
+        dp_shard,
+        zero,
+        sequence_parallel,
+        pp_schedule,
+        pp_schedule_text,
+        pp_chunks,
+        offload_optimizer,
+        offload_weights,
+    }
+}
+
+fn offload(r: &mut Reader, key: &'static str) -> Offload {
+    match r.text(key).as_deref() {
+        None | Some("none") => Offload::None,
+        Some("host") => {
+            let message = format!("`{}` = \"host\": on the CPU the host's memory is the device's own", r.path_of(key));
+            r.problem(key, message, "name a folder on a fast disk, such as \"/nvme/offload\", or \"none\"");
+            Offload::None
+        }
+        Some(folder) => Offload::Folder(PathBuf::from(folder)),
+    }
 }
 
 /// What stands in the schedule file `path`.
@@ -283,7 +309,35 @@ fn log(mut r: Reader) -> Log {
 }
 
 fn device(mut r: Reader) -> Device {
-    let device = Device { kind: r.choice("kind").unwrap_or(DeviceKind::Auto), threads: r.whole("threads", 0..=1 << 16).unwrap_or(0) };
+    let device = Device {
+        kind: r.choice("kind").unwrap_or(DeviceKind::Auto),
+        threads: r.whole("threads", 0..=1 << 16).unwrap_or(0),
+        memory: memory(&mut r),
+    };
     r.finish();
     device
+}
+
+/// A number of bytes, or text such as "8GiB".
+fn memory(r: &mut Reader) -> Option<u64> {
+    let bytes = match r.take("memory")? {
+        Value::Integer(bytes) => u64::try_from(bytes).ok(),
+        Value::String(text) => with_unit(text.trim()),
+        other => return r.wrong("memory", "a number of bytes such as \"8GiB\"", &other),
+    };
+    // A TOML number holds no more.
+    let bytes = bytes.filter(|bytes| (1..=i64::MAX as u64).contains(bytes));
+    if bytes.is_none() {
+        let path = r.path_of("memory");
+        r.problem("memory", format!("`{path}` is not a number of bytes"), "for instance \"8GiB\", \"512MiB\" or 8000000000");
+    }
+    bytes
+}
+
+fn with_unit(text: &str) -> Option<u64> {
+    let units =
+        [("KiB", 1u64 << 10), ("MiB", 1 << 20), ("GiB", 1 << 30), ("TiB", 1 << 40), ("kB", 1000), ("MB", 1_000_000), ("GB", 1_000_000_000)];
+    let (number, factor) = units.iter().find_map(|(unit, factor)| Some((text.strip_suffix(unit)?, *factor))).unwrap_or((text, 1));
+    let number: f64 = number.trim().parse().ok()?;
+    (number.is_finite() && number > 0.0).then(|| (number * factor as f64).round() as u64)
 }

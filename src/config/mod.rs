@@ -18,7 +18,7 @@ pub mod source;
 use crate::dtype::Dtype;
 use choice::name;
 use serde::Serialize;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 #[derive(Clone, PartialEq, Debug, Serialize)]
 pub struct Config {
@@ -209,6 +209,26 @@ pub struct Parallel {
     pub pp_schedule_text: Option<String>,
     /// Chunks of blocks per pipeline rank. Default 1.
     pub pp_chunks: usize,
+    /// Where master weights and moments lie: `none` (in the device's memory) or a folder, on a fast disk, in which each rank maps a
+    /// file of its own that nobody else sees and that is gone with the process. Default `none`.
+    pub offload_optimizer: Offload,
+    /// Where a rank's slices of the weights lie, with `zero = 3`: as above. Default `none`.
+    pub offload_weights: Offload,
+}
+
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Offload {
+    None,
+    Folder(PathBuf),
+}
+
+impl Offload {
+    pub fn folder(&self) -> Option<&Path> {
+        match self {
+            Offload::None => None,
+            Offload::Folder(folder) => Some(folder),
+        }
+    }
 }
 
 /// `[geometry]`: the run's canonical sums, the same on every layout.
@@ -346,6 +366,10 @@ pub struct Device {
     pub kind: DeviceKind,
     /// Threads of one rank on the CPU; 0: all it may use. Default 0.
     pub threads: usize,
+    /// Memory of one rank's device that a run may use, in bytes or as text such as "8GiB": a plan that needs more is refused, with
+    /// what would fit. Default: no limit.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub memory: Option<u64>,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

@@ -1,13 +1,17 @@
 //! Where numbers live. A closed set: the host's processor, and a device that only counts.
 
 pub mod cpu;
+pub mod mapped;
 pub mod memory;
 pub mod tensor;
 
 use crate::dtype::Dtype;
 use crate::shape::Shape;
+use anyhow::Result;
 use cpu::Cpu;
+use mapped::OffloadFile;
 use memory::Memory;
+use std::path::Path;
 use std::sync::Arc;
 use tensor::Tensor;
 
@@ -19,6 +23,14 @@ use tensor::Tensor;
 pub enum Device {
     Cpu(Arc<Cpu>),
     Dry(Arc<Memory>),
+}
+
+/// Where tensors that live as long as a run are put.
+#[derive(Debug)]
+pub enum Shelf {
+    Device,
+    /// None on a device without numbers.
+    File(Option<OffloadFile>),
 }
 
 impl Device {
@@ -49,5 +61,29 @@ impl Device {
         let mut tensor = self.empty(shape, dtype);
         tensor.view_mut().fill_zero();
         tensor
+    }
+
+    /// A place for tensors of `sizes` bytes: the device's memory, or a file in `folder`.
+    pub fn shelf(&self, folder: Option<&Path>, sizes: impl IntoIterator<Item = usize>) -> Result<Shelf> {
+        match (self, folder) {
+            (_, None) => Ok(Shelf::Device),
+            (Device::Dry(_), Some(_)) => Ok(Shelf::File(None)),
+            (Device::Cpu(_), Some(folder)) => {
+                let bytes = sizes.into_iter().map(mapped::bytes_taken).sum();
+                Ok(Shelf::File(Some(OffloadFile::create(folder, bytes)?)))
+            }
+        }
+    }
+
+    /// Zeros in the place that `shelf` is.
+    pub fn zeros_on(&self, shelf: &mut Shelf, shape: impl Into<Shape>, dtype: Dtype) -> Result<Tensor> {
+        let shape = shape.into();
+        let bytes = shape.numel() * dtype.bytes();
+        let file = match shelf {
+            Shelf::Device => return Ok(self.zeros(shape, dtype)),
+            Shelf::File(file) => file.as_mut().map(|file| file.take(bytes)).transpose()?,
+        };
+        // A new file reads as zeros.
+        Ok(Tensor::from_parts(self.clone(), Memory::adopt(self.memory(), file, bytes), shape, dtype))
     }
 }

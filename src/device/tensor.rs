@@ -65,6 +65,11 @@ impl Tensor {
         self.buffer.bytes_taken()
     }
 
+    /// What it keeps out of there, in a file.
+    pub fn bytes_offloaded(&self) -> usize {
+        self.buffer.bytes_offloaded()
+    }
+
     pub fn view(&self) -> View<'_> {
         View { device: &self.device, buffer: &self.buffer, start: 0, shape: self.shape, dtype: self.dtype }
     }

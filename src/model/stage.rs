@@ -89,7 +89,7 @@ struct MicroBatch {
 impl Stage {
     /// Weights and moments are zero until they are initialised or loaded.
     pub fn new(plan: &Plan, rank: &RankPlan, device: &Device, groups: &Groups) -> Result<Stage> {
-        let zero = Zero::new(plan, rank, device, groups);
+        let zero = Zero::new(plan, rank, device, groups)?;
         let region = Region::new(groups.tp.clone(), rank.share, plan.sequence_parallel);
         let parts = family::parts(plan, rank, &region);
         let rope = family::rope_table(&plan.model, plan.t, device);

@@ -6,5 +6,6 @@ pub mod gradients;
 pub mod pipeline;
 pub mod state;
 pub mod tensor_parallel;
+pub mod unit;
 pub mod weights;
 pub mod zero;

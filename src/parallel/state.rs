@@ -4,22 +4,25 @@
 
 use crate::checkpoint::index::Kind;
 use crate::checkpoint::save::Shard;
-use crate::device::tensor::{Tensor, View};
+use crate::device::tensor::View;
 use crate::dtype::Dtype;
-use crate::parallel::zero::{UnitState, Zero};
+use crate::parallel::unit::UnitState;
+use crate::parallel::zero::Zero;
 use crate::plan::layout::Piece;
 use anyhow::Result;
 
 /// Gives the f32 numbers of boxes: which unit of the rank, the boxes, and the buffer that their `flat` ranges count in.
 pub type Source<'a> = dyn FnMut(usize, &[Piece], &mut [f32]) -> Result<()> + 'a;
 
-/// Bytes that a rank's units hold between steps.
+/// Bytes that a rank's units hold between steps: in the device's memory, but for the last.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Held {
     pub weights: usize,
     pub gradients: usize,
     /// Master weights and moments.
     pub optimizer: usize,
+    /// Weights, master weights and moments that lie in files instead.
+    pub offloaded: usize,
 }
 
 impl Zero {
@@ -31,7 +34,11 @@ impl Zero {
             held.weights += u.weights.bytes();
             held.gradients += u.gradients.bytes();
             let moments = u.moments.iter().flatten();
-            held.optimizer += u.master.iter().chain(moments).map(Tensor::bytes).sum::<usize>();
+            for state in u.master.iter().chain(moments) {
+                held.optimizer += state.bytes();
+                held.offloaded += state.bytes_offloaded();
+            }
+            held.offloaded += u.weights.bytes_offloaded();
         }
         Ok(held)
     }

@@ -62,6 +62,11 @@ impl WeightBuffer {
         }
     }
 
+    /// Bytes of the slice, where it lies in a file.
+    pub fn bytes_offloaded(&self) -> usize {
+        if let WeightBuffer::Sharded { mine, .. } = self { mine.bytes_offloaded() } else { 0 }
+    }
+
     /// Whether whole weights are here for a while only, on their way or in use.
     pub fn is_visiting(&self) -> bool {
         matches!(self, WeightBuffer::Sharded { whole: Some(_), .. })

@@ -13,27 +13,23 @@
 //! So the stage is three lifetimes, not four code paths. How gradients are added up is `gradients.rs`. Where the run computes in f32
 //! the master weights *are* the weights.
 //!
-//! Invariant: a unit's slice is updated by the one rank of the shard group that owns it, from the same gradient on every layout.
+//! Invariant: collectives of a group are called in an order that follows from the plan, the same on all of its ranks.
 
 use crate::comm::Group;
 use crate::comm::Reduction;
 use crate::comm::groups::Groups;
 use crate::device::Device;
 use crate::device::memory::Memory;
-use crate::device::tensor::Tensor;
 use crate::dtype::Dtype;
-use crate::ops::adamw::{self, Adam};
+use crate::ops::adamw::Adam;
 use crate::ops::elementwise;
 use crate::ops::reduce::{self, SquareSum};
 use crate::parallel::flat::{Grads, Weights};
-use crate::parallel::gradients::{Gradients, Rules};
-use crate::parallel::weights::{Gathered, WeightBuffer};
-use crate::plan::catalog::Kind;
-use crate::plan::layout::UnitLayout;
+use crate::parallel::gradients::Rules;
+use crate::parallel::unit::{self, Tie, UnitState};
 use crate::plan::{Order, Plan, RankPlan};
 use anyhow::Result;
 use std::collections::VecDeque;
-use std::ops::Range;
 use std::sync::Arc;
 
 /// Reductions that run at the same time where each holds a whole buffer: one of a large unit, and one of a small one beside it (the
@@ -57,36 +53,9 @@ pub struct Zero {
     tie: Arc<dyn Group>,
 }
 
-pub(in crate::parallel) struct UnitState {
-    pub layout: UnitLayout,
-    /// The slice of the flat buffer whose state this rank owns.
-    pub mine: Range<usize>,
-    pub tie: Tie,
-    pub weights: WeightBuffer,
-    /// f32 weights of `mine`, where the weights themselves are narrower.
-    pub master: Option<Tensor>,
-    /// First and second moments of `mine`.
-    pub moments: Option<[Tensor; 2]>,
-    pub gradients: Gradients,
-    /// Micro-batches of the step that are added.
-    micros: usize,
-}
-
-/// A tied head has the embedding's values. Its gradients are its own until they are reduced, then they are added to the embedding's.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub(in crate::parallel) enum Tie {
-    None,
-    /// This unit uses the weights of that one on the same rank, and has gradients only.
-    Here(usize),
-    /// The other lies on the other end of the pipeline: both keep all, and do the same updates.
-    There {
-        owner: bool,
-    },
-}
-
 impl Zero {
     /// Allocates everything; weights and moments are zero until they are loaded.
-    pub fn new(plan: &Plan, rank: &RankPlan, device: &Device, groups: &Groups) -> Zero {
+    pub fn new(plan: &Plan, rank: &RankPlan, device: &Device, groups: &Groups) -> Result<Zero> {
         let cut_stream = plan.sequence_parallel && rank.share.size > 1;
         let rules = Rules {
             order: plan.geometry.order,
@@ -99,13 +68,8 @@ impl Zero {
             stream: if cut_stream { groups.tp.clone() } else { Groups::solo().tp },
             tensor: groups.tp.clone(),
         };
-        let kinds: Vec<Kind> = (0..rank.units.len()).map(|unit| rank.kind(plan, unit)).collect();
-        let units = rank.units.iter().zip(&kinds).map(|((_, layout), &kind)| {
-            let tie = tie_of(kind, &kinds, plan);
-            UnitState::new(device, plan.zero, plan.dtype, &rules, layout.clone(), tie)
-        });
-        Zero {
-            units: units.collect(),
+        Ok(Zero {
+            units: unit::units(device, &rules, plan, rank)?,
             dtype: plan.dtype,
             speaks: rank.at.replicate == 0 && (plan.zero >= 1 || rank.at.shard == 0),
             device: device.clone(),
@@ -115,7 +79,7 @@ impl Zero {
             uses: VecDeque::new(),
             reducing: VecDeque::new(),
             tie: groups.tie.clone(),
-        }
+        })
     }
 
     /// The units that are about to be used, in order (`plan/uses.rs`): so stage 3 knows which to gather next.
@@ -313,71 +277,5 @@ impl Zero {
     fn start_gather(&mut self, unit: usize) -> Result<()> {
         let u = &mut self.units[unit];
         u.weights.start(&self.device, self.rules.shard.as_ref(), u.layout.numel, &u.mine)
-    }
-}
-
-fn tie_of(kind: Kind, here: &[Kind], plan: &Plan) -> Tie {
-    let embedding = here.iter().position(|&kind| kind == Kind::Embedding);
-    let tied = plan.units.iter().any(|unit| unit.kind == Kind::Head { tied: true });
-    match kind {
-        Kind::Head { tied: true } => embedding.map_or(Tie::There { owner: false }, Tie::Here),
-        Kind::Embedding if tied && !here.contains(&Kind::Head { tied: true }) => Tie::There { owner: true },
-        _ => Tie::None,
-    }
-}
-
-impl UnitState {
-    fn new(device: &Device, stage: usize, dtype: Dtype, rules: &Rules, layout: UnitLayout, tie: Tie) -> UnitState {
-        let slices = if rules.sliced { rules.shard.size() } else { 1 };
-        assert_eq!(layout.numel % slices, 0, "a flat buffer of {} elements in {slices} slices", layout.numel);
-        let length = layout.numel / slices;
-        let index = if rules.sliced { rules.shard.rank() } else { 0 };
-        let mine = index * length..(index + 1) * length;
-        let owns = !matches!(tie, Tie::Here(_));
-        let weights = match (owns, stage) {
-            (false, _) => WeightBuffer::Nothing,
-            (true, 3) => WeightBuffer::Sharded { mine: device.zeros([length], dtype), whole: None },
-            (true, _) => WeightBuffer::Whole(Gathered::here(device.zeros([layout.numel], dtype))),
-        };
-        let master = (owns && dtype != Dtype::F32).then(|| device.zeros([length], Dtype::F32));
-        let moments = owns.then(|| [device.zeros([length], Dtype::F32), device.zeros([length], Dtype::F32)]);
-        let gradients = Gradients::new(device, rules, &layout, mine.clone());
-        UnitState { layout, mine, tie, weights, master, moments, gradients, micros: 0 }
-    }
-
-    /// Whether the unit has weights and moments of its own on this rank.
-    pub fn owns(&self) -> bool {
-        !matches!(self.tie, Tie::Here(_))
-    }
-
-    /// Whether the unit's parameters are counted here: a tied pair is counted at the embedding.
-    pub fn counts(&self) -> bool {
-        matches!(self.tie, Tie::None | Tie::There { owner: true })
-    }
-
-    fn view(&self) -> Weights<'_> {
-        Weights::new(self.weights.whole(), &self.layout)
-    }
-
-    fn step(&mut self, adam: &Adam) {
-        let UnitState { layout, mine, weights, master, moments, gradients, .. } = self;
-        let [first, second] = moments.as_mut().expect("a unit with weights has moments");
-        for (range, decays) in layout.decay_ranges(mine.clone()) {
-            let local = range.start - mine.start..range.end - mine.start;
-            let shape = [range.len()];
-            let adam = Adam { decay: if decays { adam.decay } else { 0.0 }, ..*adam };
-            let gradient = gradients.mine().part(local.clone(), shape);
-            let (m, v) = (first.view_mut().part(local.clone(), shape), second.view_mut().part(local.clone(), shape));
-            let weights = weights.mine_mut(mine).part(local.clone(), shape);
-            match master {
-                None => adamw::step(weights, m, v, gradient, &adam),
-                Some(master) => adamw::step_and_cast(master.view_mut().part(local, shape), m, v, gradient, weights, &adam),
-            }
-        }
-    }
-
-    /// Starts to give the other ranks of the shard group this one's slice of the weights, and to take theirs.
-    fn spread(&mut self, rules: &Rules) -> Result<()> {
-        if rules.sliced { self.weights.spread(rules.shard.as_ref()) } else { Ok(()) }
     }
 }

@@ -16,7 +16,7 @@ pub mod traffic;
 pub mod uses;
 
 use crate::config::source::Problem;
-use crate::config::{Config, Model, Recompute};
+use crate::config::{Config, Model, Offload, Recompute};
 use crate::dtype::Dtype;
 use catalog::{Kind, Unit};
 use layout::{Share, UnitLayout};
@@ -66,6 +66,9 @@ pub struct Plan {
     pub stages: Vec<Range<usize>>,
     pub schedule: Schedule,
     pub zero: usize,
+    /// Where master weights and moments lie, and where slices of weights do.
+    pub offload_optimizer: Offload,
+    pub offload_weights: Offload,
     pub dtype: Dtype,
     pub recompute: Recompute,
     /// Whether the rows of the residual stream are cut over tp: never where tp is 1.
@@ -127,6 +130,8 @@ impl Plan {
             stages,
             schedule: schedule.complete(reductions),
             zero: config.parallel.zero as usize,
+            offload_optimizer: config.parallel.offload_optimizer.clone(),
+            offload_weights: config.parallel.offload_weights.clone(),
             dtype: train.dtype,
             recompute: train.recompute,
             sequence_parallel: config.parallel.sequence_parallel && mesh.tp > 1,

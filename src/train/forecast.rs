@@ -47,7 +47,8 @@ pub fn json(config: &Config, plan: &Plan) -> Result<Value> {
         .enumerate()
         .map(|(pp, at)| {
             json!({"rank": first_rank(&mesh, pp), "pp": pp, "weights": at.weights, "gradients": at.gradients,
-                   "optimizer": at.optimizer, "activations": at.activations, "workspace": at.workspace, "peak": at.peak})
+                   "optimizer": at.optimizer, "activations": at.activations, "workspace": at.workspace, "peak": at.peak,
+                   "offloaded": at.offloaded})
         })
         .collect();
     let groups = groups(&mesh).map(|(name, ranks)| json!({"name": name, "size": ranks.len(), "groups": mesh.world() / ranks.len()}));
@@ -101,12 +102,12 @@ fn traffic_of(config: &Config, plan: &Plan, pp: usize) -> Traffic {
     traffic(config, plan, &plan.rank(first_rank(&plan.mesh, pp)))
 }
 
-fn first_rank(mesh: &Mesh, pp: usize) -> usize {
+pub fn first_rank(mesh: &Mesh, pp: usize) -> usize {
     mesh.rank(Coordinates { pp, replicate: 0, shard: 0, tp: 0 })
 }
 
 /// Of the first rank at each place of the pipeline.
-fn footprints(config: &Config, plan: &Plan) -> Result<Vec<Footprint>> {
+pub fn footprints(config: &Config, plan: &Plan) -> Result<Vec<Footprint>> {
     (0..plan.mesh.pp).into_par_iter().map(|pp| rehearsal::rehearse(config, plan, first_rank(&plan.mesh, pp))).collect()
 }
 
@@ -255,6 +256,9 @@ fn write_memory(out: &mut String, plan: &Plan, footprints: &[Footprint]) -> fmt:
             [at.weights, at.gradients, at.optimizer, at.activations, at.workspace, at.peak].map(|size| bytes(size as u64));
         let rank = first_rank(&plan.mesh, pp).to_string();
         line(out, [rank, pp.to_string(), weights, gradients, optimizer, activations, workspace, peak])?;
+    }
+    for (pp, at) in footprints.iter().enumerate().filter(|(_, at)| at.offloaded > 0) {
+        writeln!(out, "{:>7}  {pp:>4}  offloaded to a file: {}", first_rank(&plan.mesh, pp), bytes(at.offloaded as u64))?;
     }
     Ok(())
 }

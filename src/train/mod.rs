@@ -2,6 +2,7 @@
 
 pub mod corpora;
 pub mod evaluate;
+pub mod fit;
 pub mod forecast;
 pub mod generate;
 pub mod learning_rate;

@@ -24,6 +24,8 @@ pub struct Footprint {
     /// What comes on top of all these when most is in use: outputs on their way, gradients of activations, logits.
     pub workspace: usize,
     pub peak: usize,
+    /// What lies in files instead of the device's memory.
+    pub offloaded: usize,
 }
 
 /// Rehearses one step of rank `index`.
@@ -46,6 +48,7 @@ pub fn rehearse(config: &Config, plan: &Plan, index: usize) -> Result<Footprint>
         activations,
         workspace: peak - activations - held.weights - held.gradients - held.optimizer,
         peak,
+        offloaded: held.offloaded,
     })
 }
 

@@ -22,7 +22,7 @@ use crate::train::generate::{self, Sampling};
 use crate::train::report::{Facts, Reporter, Step, StepClock};
 use crate::train::step::{Outcome, Trainer};
 use crate::train::team::Team;
-use crate::train::{corpora, forecast, resume};
+use crate::train::{corpora, fit, forecast, resume};
 use anyhow::{Context, Result, bail};
 use std::fs;
 use std::path::Path;
@@ -94,7 +94,7 @@ fn run_rank(config: &Config, identity: &Identity) -> Result<Ending, Failure> {
     })
 }
 
-/// The plan of the run; one that goes on keeps model and geometry.
+/// The plan of the run, which fits its device; one that goes on keeps model and geometry.
 fn plan_on(config: &Config, world: usize, checkpoint: Option<&Checkpoint>) -> Result<(Plan, Option<String>), Failure> {
     if let Some(checkpoint) = checkpoint {
         let problems = resume::problems(checkpoint, config)?;
@@ -103,7 +103,11 @@ fn plan_on(config: &Config, world: usize, checkpoint: Option<&Checkpoint>) -> Re
         }
     }
     let kept = checkpoint.map(resume::geometry).transpose()?;
-    resume::plan(config, world, kept).map_err(Failure::Config)
+    let (plan, note) = resume::plan(config, world, kept).map_err(Failure::Config)?;
+    match fit::check(config, &plan)? {
+        Some(problem) => Err(Failure::Config(vec![problem])),
+        None => Ok((plan, note)),
+    }
 }
 
 struct Run<'a> {
