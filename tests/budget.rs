@@ -168,7 +168,12 @@ fn hold(cases: &[Case]) {
             let predicted = rehearsal::rehearse(&config, &plan, rank).expect("a rehearsal");
             let off = measured.peak as f64 / predicted.peak as f64 - 1.0;
             told.push(format!("{}/{} ({:+.2} %)", predicted.peak, measured.peak, 100.0 * off));
-            let held = Held { weights: predicted.weights, gradients: predicted.gradients, optimizer: predicted.optimizer };
+            let held = Held {
+                weights: predicted.weights,
+                gradients: predicted.gradients,
+                optimizer: predicted.optimizer,
+                offloaded: predicted.offloaded,
+            };
             if off.abs() > 0.02 || held != measured.held {
                 failures.push(format!("{} rank {rank}: {predicted:?}, measured {} and {:?}", case.text(), measured.peak, measured.held));
             }
@@ -251,6 +256,7 @@ fn zero_holds_what_its_table_says() {
             weights: of(&|numel| 2 * numel / if zero == 3 { ranks } else { 1 }),
             gradients: if zero <= 1 { of(&|numel| 4 * numel) } else { 0 },
             optimizer: state(if zero == 0 { 1 } else { ranks }),
+            offloaded: 0,
         };
         let measured = measure(&config, &plan);
         for (rank, measured) in measured.iter().enumerate() {
