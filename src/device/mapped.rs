@@ -40,10 +40,10 @@ impl OffloadFile {
     pub fn create(folder: &Path, bytes: usize) -> Result<OffloadFile> {
         let shown = folder.display();
         ensure!(folder.is_dir(), "the folder {shown} is not there: make it, on the disk that is to hold the state");
+        let mut file = nameless(folder)?;
         let status = statvfs(folder).with_context(|| format!("asking how much room there is in {shown}"))?;
         let free = status.f_bavail.saturating_mul(status.f_frsize);
         ensure!(free >= bytes as u64, "not enough room in {shown}: this rank needs {bytes} bytes, and {free} are free");
-        let mut file = nameless(folder)?;
         allocate(&mut file, bytes).with_context(|| format!("allocating {bytes} bytes in {shown}, of which {free} were free"))?;
         Ok(OffloadFile { file, folder: folder.to_path_buf(), bytes, taken: 0 })
     }

@@ -36,12 +36,13 @@ fn fullest(config: &Config, plan: &Plan) -> Result<(usize, Footprint)> {
     Ok((forecast::first_rank(&plan.mesh, pp), at))
 }
 
-type Setting = (String, fn(&mut Config));
+/// How one writes it, and what it sets.
+type Setting = (&'static str, fn(&mut Config));
 
 /// Settings that save memory, as one would write them.
 fn settings(config: &Config, plan: &Plan) -> Vec<Setting> {
     let mut settings: Vec<Setting> = Vec::new();
-    let mut offer = |text: &str, set: fn(&mut Config)| settings.push((text.to_string(), set));
+    let mut offer = |text, set| settings.push((text, set));
     match config.train.recompute {
         Recompute::None => {
             offer("train.recompute = \"selective\"", |config| config.train.recompute = Recompute::Selective);
@@ -54,7 +55,7 @@ fn settings(config: &Config, plan: &Plan) -> Vec<Setting> {
         offer("train.micro_batch_size = 1", |config| config.train.micro_batch_size = 1);
     }
     if plan.mesh.shard > 1 {
-        let stages: [(&str, fn(&mut Config)); 3] = [
+        let stages: [Setting; 3] = [
             ("parallel.zero = 1", |config| config.parallel.zero = 1),
             ("parallel.zero = 2", |config| config.parallel.zero = 2),
             ("parallel.zero = 3", |config| config.parallel.zero = 3),
@@ -93,7 +94,7 @@ fn advice(config: &Config, plan: &Plan, limit: u64) -> Result<String> {
         return Ok(format!("one of these fits: {}", fitting.join(", ")));
     }
     let more = "more ranks (tp, pp, dp_shard) or a smaller model";
-    let names: Vec<&str> = settings.iter().map(|(text, _)| text.as_str()).collect();
+    let names: Vec<&str> = settings.iter().map(|(text, _)| *text).collect();
     Ok(match peak(&all)? {
         _ if names.is_empty() => format!("{more} would need less; recompute is {}", config.train.recompute.name()),
         Some(peak) if peak <= limit => {
