@@ -1,7 +1,7 @@
 //! Memory is what the rehearsal said, to the byte, on every rank; and a step leaves as much as the one before it.
 
-#[path = "support/tokens.rs"]
-mod tokens;
+#[path = "support/ranks.rs"]
+mod ranks;
 
 use ferrotron::comm::connect::Transport;
 use ferrotron::comm::groups::Groups;
@@ -48,7 +48,7 @@ fn measured(config: &Config, plan: &Plan, transport: &Transport, rank: usize) ->
     resume::start(&mut trainer, config).expect("initial weights");
     memory.reset_peak();
     let step = |step| {
-        let batch = tokens::batch(step, &trainer.rank.rows, plan.t, config.model.vocab_size);
+        let batch = ranks::tokens::batch(step, &trainer.rank.rows, plan.t, config.model.vocab_size);
         assert!(trainer.step(step, &batch, false).expect("a step").applied);
         let (live, free, peak) = (memory.bytes_live(), memory.bytes_free(), memory.bytes_peak());
         Seen { live, free, peak, offloaded: memory.bytes_offloaded() }

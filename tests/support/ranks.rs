@@ -3,7 +3,7 @@
 //! Invariant: what a run leaves is taken from global tensors, so runs of different layouts can be compared bit by bit.
 
 #[path = "tokens.rs"]
-mod tokens;
+pub mod tokens;
 
 use ferrotron::checkpoint::load::{Checkpoint, newest_verified};
 use ferrotron::checkpoint::save::{Options, Shard, Writer};
