@@ -90,15 +90,18 @@ impl Place {
 
     /// Starts `train` with these keys: a process of its own for one rank, else under `launch`.
     fn start(&self, run: &str, ranks: usize, keys: &[&str]) -> Running {
+        let (ranks, dir) = (ranks.to_string(), format!("run.dir={run}"));
+        let mut words = if ranks == "1" { Vec::new() } else { vec!["launch", "--nproc-per-node", &ranks] };
+        words.extend(["train", "tiny.toml", "--set", &dir]);
+        words.extend(keys.iter().flat_map(|key| ["--set", key]));
+        self.command(&words, run)
+    }
+
+    /// Starts the program with these words. What it says goes to a file of this name.
+    fn command(&self, words: &[&str], name: &str) -> Running {
         let mut command = Command::new(env!("CARGO_BIN_EXE_ferrotron"));
-        if ranks > 1 {
-            command.args(["launch", "--nproc-per-node", &ranks.to_string()]);
-        }
-        command.args(["train", "tiny.toml", "--set", &format!("run.dir={run}")]);
-        keys.iter().for_each(|key| {
-            command.args(["--set", key]);
-        });
-        let output = self.0.join(format!("{run}.output"));
+        command.args(words);
+        let output = self.0.join(format!("{name}.output"));
         let file = File::create(&output).expect("a writable folder");
         command.current_dir(&self.0).env_clear().env("PATH", std::env::var_os("PATH").unwrap_or_default());
         command.stdin(Stdio::null()).stdout(file.try_clone().expect("a file")).stderr(file);
@@ -232,4 +235,18 @@ fn canonical_sums_move_only_when_told_to() {
     let said = place.train("run", 1, &["geometry.shards=0", "geometry.lanes=0"]);
     assert!(!said.contains("canonical sums move"), "{said}");
     assert_eq!(place.metrics("run").len(), 6);
+}
+
+#[test]
+fn imported_weights_begin_on_any_layout() {
+    let place = Place::new("imported", 4);
+    place.train("run", 1, &["train.stop_after=2"]);
+    for words in [["export", "run/checkpoints/step-00000002", "folder"], ["import", "folder", "weights"]] {
+        place.command(&[&["checkpoint"], &words[..]].concat(), "checkpoint").finish().expect(0);
+    }
+    let keys = ["checkpoint.resume=weights", "geometry.lanes=4", "geometry.order=rows"];
+    place.train("one", 1, &keys);
+    let said = place.train("tp2", 4, &[&keys[..], &["parallel.tp=2"]].concat());
+    assert!(said.contains("going on after step 0 from weights") && !said.contains("canonical sums"), "{said}");
+    place.assert_equal("tp2", "one", 4);
 }

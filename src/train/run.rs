@@ -102,7 +102,9 @@ fn plan_on(config: &Config, world: usize, checkpoint: Option<&Checkpoint>) -> Re
             return Err(Failure::Config(problems));
         }
     }
-    let kept = checkpoint.map(resume::geometry).transpose()?;
+    // Before the first step, as in imported weights, no sum has been taken that could be kept.
+    let begun = checkpoint.filter(|checkpoint| checkpoint.index.facts.step > 0);
+    let kept = begun.map(resume::geometry).transpose()?;
     let (plan, note) = resume::plan(config, world, kept).map_err(Failure::Config)?;
     match fit::check(config, &plan)? {
         Some(problem) => Err(Failure::Config(vec![problem])),
