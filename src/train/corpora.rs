@@ -1,6 +1,7 @@
 //! The data of a run, as its configuration names it.
 
 use crate::config::{Config, DataOrder, DataSource};
+use crate::data::files;
 use crate::data::loader::{Loader, LoaderSpec};
 use crate::data::sampler::Order;
 use crate::data::sources::{self, Source};
@@ -8,6 +9,21 @@ use crate::data::tokenizer::Tokenizer;
 use crate::train::evaluate::Validation;
 use crate::train::step::Trainer;
 use anyhow::{Context, Result};
+use std::path::Path;
+
+/// Sources that name no file: (key, what is wrong).
+pub fn missing(config: &Config) -> Vec<(String, String)> {
+    let mut missing = Vec::new();
+    let validation: &[DataSource] = if config.eval.interval == 0 { &[] } else { &config.data.validation };
+    for (key, sources) in [("data.sources", config.data.sources.as_slice()), ("data.validation", validation)] {
+        for (index, source) in sources.iter().enumerate() {
+            if let Err(error) = files::expand(Path::new(&source.path)) {
+                missing.push((format!("{key}.{index}"), format!("{error:#}")));
+            }
+        }
+    }
+    missing
+}
 
 pub fn training(config: &Config, trainer: &Trainer) -> Result<Loader> {
     let order = match config.data.order {

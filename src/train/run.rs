@@ -17,13 +17,14 @@ use crate::launch::identity::Identity;
 use crate::launch::signals::StopRequest;
 use crate::plan::Plan;
 use crate::plan::budget::{self, Flops};
+use crate::plan::catalog::Unit;
 use crate::train::evaluate::Validation;
 use crate::train::generate::{self, Sampling};
-use crate::train::report::{Facts, Reporter, Step, StepClock};
+use crate::train::report::{Facts, Reporter, Step, StepClock, short_count};
 use crate::train::step::{Outcome, Trainer};
 use crate::train::team::Team;
 use crate::train::{corpora, fit, forecast, resume};
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use std::fs;
 use std::path::Path;
 use std::time::Duration;
@@ -68,6 +69,7 @@ fn run_rank(config: &Config, identity: &Identity) -> Result<Ending, Failure> {
     // Before anybody waits for anybody: a layout that cannot be is known at once.
     Plan::new(config, identity.world, None).map_err(Failure::Config)?;
     let team = Team::join(config, identity)?;
+    check_data(config, &team)?;
     let (checkpoint, notes) = resume::find(config, &team)?;
     let (plan, note) = plan_on(config, identity.world, checkpoint.as_ref())?;
     let writer = open_run(config, identity, &plan, &team)?;
@@ -82,6 +84,7 @@ fn run_rank(config: &Config, identity: &Identity) -> Result<Ending, Failure> {
             None => resume::start(&mut trainer, config).map(|()| 0)?,
         };
         let reporter = Reporter::new(&config.run.dir, identity.rank, report_facts(config, &trainer.plan, writer.incarnation()))?;
+        reporter.say(&headline(config, &trainer.plan, cpu.threads()));
         notes.iter().chain(&note).for_each(|note| reporter.say(note));
         let loader = team.first_rank_first(|| corpora::training(config, &trainer))?;
         let validation = team.first_rank_first(|| corpora::validation(config, &trainer))?;
@@ -269,10 +272,38 @@ fn report_facts(config: &Config, plan: &Plan, incarnation: u64) -> Facts {
     }
 }
 
-fn device(config: &Config, identity: &Identity) -> Result<Device> {
-    match config.device.kind {
-        DeviceKind::Auto | DeviceKind::Cpu => {}
-        DeviceKind::Cuda | DeviceKind::Emulated => bail!("device.kind: this build trains on the cpu only; set device.kind = \"cpu\""),
+/// What a run is, in a line.
+fn headline(config: &Config, plan: &Plan, threads: usize) -> String {
+    let parameters: u64 = plan.units.iter().map(Unit::parameters).sum();
+    let plural = |count: usize| if count == 1 { "" } else { "s" };
+    format!(
+        "{}: {} parameters in {}, {} steps of {} tokens, on {} rank{} of {threads} thread{}; all goes to {}",
+        config.run.name,
+        short_count(parameters as f64),
+        plan.dtype,
+        config.train.steps,
+        short_count(plan.tokens_per_step() as f64),
+        plan.mesh.world(),
+        plural(plan.mesh.world()),
+        plural(threads),
+        config.run.dir.display()
+    )
+}
+
+/// Data that is not there is told before anything is written. Rank 0 looks for all.
+fn check_data(config: &Config, team: &Team) -> Result<(), Failure> {
+    let missing = team.decide(|| Ok(corpora::missing(config)))?;
+    if missing.is_empty() {
+        return Ok(());
+    }
+    let here = "paths begin at the folder in which the program is started";
+    Err(Failure::Config(missing.iter().map(|(key, message)| Problem::new(key, message).help(here)).collect()))
+}
+
+fn device(config: &Config, identity: &Identity) -> Result<Device, Failure> {
+    if let DeviceKind::Cuda | DeviceKind::Emulated = config.device.kind {
+        let problem = Problem::new("device.kind", "this build trains on the cpu only").help("set it to \"cpu\", or leave it out");
+        return Err(Failure::Config(vec![problem]));
     }
     let available = std::thread::available_parallelism().map_or(1, usize::from);
     let threads = if config.device.threads > 0 { config.device.threads } else { (available / identity.local_world).max(1) };
