@@ -109,6 +109,8 @@ pub fn plan(config: &Config, world: usize, kept: Option<Geometry>) -> Result<(Pl
         Err(mut problems) => {
             // Where the layout is wrong by itself, that is what there is to tell.
             let alone = Plan::new(config, world, None)?;
+            // What would help a run that starts is no help to one that keeps its sums: the first problem says what is.
+            problems.iter_mut().for_each(|problem| problem.help = None);
             problems.insert(0, cannot_keep(&kept, &alone.geometry));
             Err(problems)
         }
