@@ -26,6 +26,7 @@ use ferrotron::device::Device;
 use ferrotron::dtype::Dtype;
 use ferrotron::plan::Plan;
 use ferrotron::plan::budget::Flops;
+use ferrotron::plan::catalog;
 use ferrotron::rng::Stream;
 use ferrotron::train::report::{short_bytes, short_count};
 use ferrotron::train::resume;
@@ -230,7 +231,7 @@ fn one_rank(
     device: &Device,
 ) -> Result<Measured> {
     let groups = Groups::connect(transport, &plan.mesh, rank)?;
-    let (flops, parameters) = (Flops::of(&plan).per_token as f64, plan.units.iter().map(|unit| unit.parameters()).sum());
+    let (flops, parameters) = (Flops::of(&plan).per_token as f64, catalog::parameters(&plan.units));
     let mut trainer = Trainer::new(config, plan, rank, device, groups)?;
     resume::start(&mut trainer, config)?;
     let batch = random(&trainer.rank.rows, case.time, config.model.vocab_size);

@@ -59,6 +59,7 @@ impl Groups {
 
     /// Seconds that this rank has stood still for its groups since the last call; also ends the counts of `take_traffic`.
     pub fn take_seconds_exposed(&self) -> f64 {
-        self.take_traffic().iter().flat_map(|(_, traffic)| traffic.values()).map(|count| count.seconds_exposed).sum()
+        // Not `sum`: that of nothing is -0.
+        self.take_traffic().iter().flat_map(|(_, traffic)| traffic.values()).fold(0.0, |sum, count| sum + count.seconds_exposed)
     }
 }

@@ -17,7 +17,7 @@ use crate::launch::identity::Identity;
 use crate::launch::signals::StopRequest;
 use crate::plan::Plan;
 use crate::plan::budget::{self, Flops};
-use crate::plan::catalog::Unit;
+use crate::plan::catalog;
 use crate::train::evaluate::Validation;
 use crate::train::generate::{self, Sampling};
 use crate::train::report::{Facts, Reporter, Step, StepClock, short_count};
@@ -274,12 +274,11 @@ fn report_facts(config: &Config, plan: &Plan, incarnation: u64) -> Facts {
 
 /// What a run is, in a line.
 fn headline(config: &Config, plan: &Plan, threads: usize) -> String {
-    let parameters: u64 = plan.units.iter().map(Unit::parameters).sum();
     let plural = |count: usize| if count == 1 { "" } else { "s" };
     format!(
         "{}: {} parameters in {}, {} steps of {} tokens, on {} rank{} of {threads} thread{}; all goes to {}",
         config.run.name,
-        short_count(parameters as f64),
+        short_count(catalog::parameters(&plan.units) as f64),
         plan.dtype,
         config.train.steps,
         short_count(plan.tokens_per_step() as f64),
