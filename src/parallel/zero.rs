@@ -105,8 +105,13 @@ impl Zero {
 
     /// The weights, and the gradients to add to.
     pub fn weights_and_grads(&mut self, unit: usize) -> Result<(Weights<'_>, Grads<'_>)> {
+        self.gather(self.owner(unit))?;
+        self.held_weights_and_grads(unit)
+    }
+
+    /// The same of a unit whose weights this pass has read already and not released: that is no further use of them.
+    pub fn held_weights_and_grads(&mut self, unit: usize) -> Result<(Weights<'_>, Grads<'_>)> {
         let owner = self.owner(unit);
-        self.gather(owner)?;
         if owner == unit {
             let UnitState { weights, gradients, layout, .. } = &mut self.units[unit];
             return Ok((Weights::new(weights.whole(), layout), gradients.adding(&self.rules, layout)?));

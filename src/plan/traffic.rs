@@ -35,7 +35,7 @@ pub fn of_step(plan: &Plan, rank: &RankPlan) -> Traffic {
             edges.backward(&mut tally, kind, passes.backward);
         }
     }
-    let gathers = uses::gathers(&uses::of(plan, rank, &plan.schedule.actions[rank.at.pp], false), rank.units.len());
+    let gathers = uses::gathers(plan, rank, &uses::of(plan, rank, &plan.schedule.actions[rank.at.pp], false));
     for (unit, (_, layout)) in rank.units.iter().enumerate() {
         zero(&mut tally, plan, rank, rank.kind(plan, unit), layout, gathers[unit]);
     }

@@ -36,11 +36,14 @@ pub fn owner(plan: &Plan, rank: &RankPlan, unit: usize) -> usize {
     if rank.kind(plan, unit) == (Kind::Head { tied: true }) { embedding().unwrap_or(unit) } else { unit }
 }
 
-/// How often each of `units` units is gathered where weights are kept for a use only: those that are used twice in a row stay.
-pub fn gathers(uses: &[usize], units: usize) -> Vec<u64> {
-    let mut gathers = vec![0; units];
+/// How often each unit of the rank is gathered where weights are kept for a use only. Those that are used twice in a row stay, and so
+/// does the last norm, which is held until the head is done, where it is used next after the head.
+pub fn gathers(plan: &Plan, rank: &RankPlan, uses: &[usize]) -> Vec<u64> {
+    let mut gathers = vec![0; rank.units.len()];
     for (at, &unit) in uses.iter().enumerate() {
-        gathers[unit] += (at == 0 || uses[at - 1] != unit) as u64;
+        let used = |ago: usize| at >= ago && uses[at - ago] == unit;
+        let stays = used(1) || (rank.kind(plan, unit) == Kind::Norm && used(2));
+        gathers[unit] += !stays as u64;
     }
     gathers
 }
