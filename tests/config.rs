@@ -353,3 +353,20 @@ fn a_tokenizer_file_tells_the_vocabulary() {
     std::fs::write(&path, r#"{"model": {"vocab": {"a": 0, "b": 1}}, "added_tokens": [{"id": 5, "content": "<end>"}]}"#).expect("writing");
     assert_eq!(good(GOOD, &[&format!("data.tokenizer={}", path.display())]).model.vocab_size, 6);
 }
+
+#[test]
+fn places_of_state_and_limits_of_memory() {
+    let sets = ["parallel.zero=3", "parallel.offload_optimizer=/nvme", "parallel.offload_weights=/nvme", "device.memory=1.5GiB"];
+    let config = good(GOOD, &sets);
+    assert_eq!((config.parallel.offload_weights.folder(), config.device.memory), (Some(Path::new("/nvme")), Some(3 << 29)));
+    assert_eq!(Config::parse("again.toml", &config.to_toml(), &[]).expect("it loads back").0.device.memory, Some(3 << 29));
+    assert_eq!(good(GOOD, &["parallel.offload_optimizer=none"]).parallel.offload_optimizer.folder(), None);
+    let host = bad(GOOD, &["parallel.offload_optimizer=host"]);
+    assert!(host.contains("on the CPU the host's memory is the device's own") && host.contains("name a folder"), "{host}");
+    let whole = bad(GOOD, &["parallel.offload_weights=/nvme"]);
+    assert!(whole.contains("`parallel.offload_weights` is set, but with `parallel.zero` = 1"), "{whole}");
+    for memory in ["0", "-1", "lots", "8 apples", "nan"] {
+        let refused = bad(GOOD, &[&format!("device.memory=\"{memory}\"")]);
+        assert!(refused.contains("`device.memory` is not a number of bytes"), "{memory}: {refused}");
+    }
+}
