@@ -119,7 +119,7 @@ struct PlanArguments {
 
 #[derive(Args)]
 struct PrepareArguments {
-    /// "bytes" or a tokenizer.json
+    /// How text becomes ids; "bytes" is the one there is
     #[arg(long, value_name = "T", default_value = "bytes")]
     tokenizer: String,
     /// Folder of the shards

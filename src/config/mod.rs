@@ -115,7 +115,7 @@ pub struct Data {
     pub sources: Vec<DataSource>,
     /// What `eval` measures on. Default: nothing.
     pub validation: Vec<DataSource>,
-    /// `"bytes"` (256 bytes and one end of document) or the path of a `tokenizer.json`. Default `bytes`.
+    /// `"bytes"`: 256 bytes and one end of document. Default `bytes`. A `tokenizer.json` gives only its number of ids, for token files.
     pub tokenizer: String,
     /// Default `shuffled`. With `sequential`, sample n is tokens[n·T ..= n·T+T] and step s takes samples s·G onwards.
     #[serde(serialize_with = "name")]
