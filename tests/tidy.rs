@@ -21,7 +21,7 @@ const FLOORS: [&[&str]; 6] = [
 const NEIGHBOURS: &[(&str, &str)] = &[("config", "dtype")]; // [train] names a dtype
 
 /// A macro is exported at the root of the crate, wherever it is written: (macro, its room).
-const MACROS: &[(&str, &str)] = &[("dispatch", "dtype")];
+const MACROS: &[(&str, &str)] = &[("dispatch", "dtype"), ("args", "device")];
 
 /// Imports that point down and are forbidden all the same.
 const STRANGERS: &[(&str, &str)] = &[
@@ -36,9 +36,8 @@ const UNSAFE: &[&str] = &[
     "src/device/cpu.rs",
     "src/launch/spawn.rs",
     "src/device/cpu/",
-    "src/device/cuda.rs",
+    "src/device/gpu/cuda/",
     "src/device/mapped.rs",
-    "src/device/emulated.rs",
     "src/comm/nccl.rs",
     "src/comm/shared_memory.rs",
     "src/data/corpus.rs",

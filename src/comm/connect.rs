@@ -10,9 +10,11 @@ use crate::comm::metered::{Meter, Metered};
 use crate::comm::rehearsal::Rehearsal;
 use crate::comm::rendezvous::Rendezvous;
 use crate::comm::solo::Solo;
+use crate::comm::staged::Staged;
 use crate::comm::store::Store;
 use crate::comm::tcp::Tcp;
 use crate::comm::threads::Threads;
+use crate::device::Device;
 use anyhow::{Context, Result};
 use std::collections::BTreeMap;
 use std::net::{IpAddr, TcpListener};
@@ -38,12 +40,14 @@ impl Groups {
     /// `wanted`: the name of each group that `rank` is in, and its members (ranks of the world, in the group's rank order).
     pub fn connect(transport: &Transport, rank: usize, world: usize, wanted: &[(String, Vec<usize>)]) -> Result<Groups> {
         let mut made = Groups { groups: BTreeMap::new(), meters: Vec::new() };
+        // Tensors of a GPU go through its memory.
+        let host = Device::cpu(1);
         for (name, members) in wanted {
             let seat = Seat::new(name, rank, members, world)?;
             let inner: Arc<dyn Group> = match transport {
                 _ if seat.size() == 1 => Arc::new(Solo),
-                Transport::Threads(threads) => threads.group(rank, members, name)?,
-                Transport::Tcp(mesh) => Arc::new(Tcp::new(mesh.clone(), members, name, world)?),
+                Transport::Threads(threads) => Arc::new(Staged::new(threads.group(rank, members, name)?, host.clone())),
+                Transport::Tcp(mesh) => Arc::new(Staged::new(Arc::new(Tcp::new(mesh.clone(), members, name, world)?), host.clone())),
                 Transport::Rehearsal => Arc::new(Rehearsal { size: seat.size(), rank: seat.rank }),
             };
             let meter = Meter::new(name);

@@ -182,7 +182,7 @@ mod tests {
 
     #[test]
     fn a_message_arrives_as_it_was_sent() {
-        let memory = Arc::new(Memory::new(true));
+        let memory = Arc::new(Memory::of_host());
         for length in [0, 1, SMALL, SMALL + 1, 3 * CHUNK, 3 * CHUNK + 5] {
             let (header, bytes, wire) = message(length);
             let (back, buffer) = read(&mut wire.as_slice(), &memory).expect("intact");
@@ -192,7 +192,7 @@ mod tests {
 
     #[test]
     fn every_flipped_bit_is_noticed() {
-        let memory = Arc::new(Memory::new(true));
+        let memory = Arc::new(Memory::of_host());
         let (_, _, wire) = message(100);
         for bit in 0..8 * wire.len() {
             let mut bad = wire.clone();

@@ -111,7 +111,7 @@ impl Mesh {
         let hub = Arc::new(Hub {
             rank,
             deadline,
-            memory: Arc::new(Memory::new(true)),
+            memory: Arc::new(Memory::of_host()),
             job: job.clone(),
             store: store.clone(),
             state: Mutex::default(),

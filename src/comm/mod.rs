@@ -17,6 +17,7 @@ pub mod metered;
 pub mod rehearsal;
 pub mod rendezvous;
 pub mod solo;
+pub mod staged;
 pub mod store;
 pub mod tcp;
 pub mod threads;

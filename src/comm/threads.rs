@@ -123,7 +123,7 @@ impl Room {
             failure: None,
             waits: vec![None; size],
         };
-        Room { deadline, memory: Arc::new(Memory::new(true)), state: Mutex::new(state), changed: Condvar::new() }
+        Room { deadline, memory: Arc::new(Memory::of_host()), state: Mutex::new(state), changed: Condvar::new() }
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {

@@ -76,7 +76,7 @@ impl Cpu {
             .thread_name(|i| format!("cpu-{i}"))
             .build()
             .expect("the system lets us start threads");
-        Cpu { memory: Arc::new(Memory::new(true)), isa: isa.min(Isa::detect()), pool, panels: Mutex::default() }
+        Cpu { memory: Arc::new(Memory::of_host()), isa: isa.min(Isa::detect()), pool, panels: Mutex::default() }
     }
 
     pub fn threads(&self) -> usize {

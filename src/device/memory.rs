@@ -5,6 +5,7 @@
 //! Invariant: `live` is the sum of the sizes of all buffers alive, each rounded up to whole 64-byte blocks; `peak` is its highest
 //! value since the last `reset_peak`. The plan predicts this number and a test holds the two together.
 
+use crate::device::gpu::Queue;
 use crate::device::mapped::Mapped;
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -16,9 +17,19 @@ pub struct Block([u8; 64]);
 
 #[derive(Debug)]
 pub struct Memory {
-    /// False: buffers are counted but hold nothing.
-    backed: bool,
+    backing: Backing,
     state: Mutex<State>,
+}
+
+#[derive(Debug)]
+enum Backing {
+    Host,
+    Gpu(Arc<Queue>),
+    /// Buffers are counted but hold nothing.
+    Nothing {
+        /// What is counted is what a GPU would take.
+        for_gpu: bool,
+    },
 }
 
 #[derive(Default)]
@@ -46,15 +57,27 @@ pub struct Buffer {
 
 #[derive(Debug)]
 enum Place {
-    /// Empty on a device that only counts.
-    Device(Vec<Block>),
+    Host(Vec<Block>),
+    /// On a GPU, at this address.
+    Gpu(u64),
+    /// On a device that only counts.
+    Nowhere,
     /// None on a device that only counts.
     File(Option<Mapped>),
 }
 
 impl Memory {
-    pub fn new(backed: bool) -> Memory {
-        Memory { backed, state: Mutex::default() }
+    pub fn of_host() -> Memory {
+        Memory { backing: Backing::Host, state: Mutex::default() }
+    }
+
+    pub fn of_gpu(queue: Arc<Queue>) -> Memory {
+        Memory { backing: Backing::Gpu(queue), state: Mutex::default() }
+    }
+
+    /// Memory that only counts.
+    pub fn of_nothing(for_gpu: bool) -> Memory {
+        Memory { backing: Backing::Nothing { for_gpu }, state: Mutex::default() }
     }
 
     pub fn allocate(memory: &Arc<Memory>, bytes: usize) -> Buffer {
@@ -63,17 +86,27 @@ impl Memory {
             let mut state = memory.lock();
             state.bytes_live += count * 64;
             state.bytes_peak = state.bytes_peak.max(state.bytes_live);
-            if memory.backed { state.free.get_mut(&count).and_then(Vec::pop) } else { Some(Vec::new()) }
+            state.free.get_mut(&count).and_then(Vec::pop)
         };
-        let blocks = reused.unwrap_or_else(|| vec![Block([0; 64]); count]);
-        Buffer { memory: memory.clone(), place: Place::Device(blocks), bytes }
+        let place = match &memory.backing {
+            Backing::Host => Place::Host(reused.unwrap_or_else(|| vec![Block([0; 64]); count])),
+            Backing::Gpu(queue) => Place::Gpu(queue.run(|driver| driver.allocate(count * 64))),
+            Backing::Nothing { .. } => Place::Nowhere,
+        };
+        Buffer { memory: memory.clone(), place, bytes }
     }
 
     /// A buffer of `bytes` that lies in `file`; on a device that only counts there is none.
     pub fn adopt(memory: &Arc<Memory>, file: Option<Mapped>, bytes: usize) -> Buffer {
-        assert_eq!(memory.backed, file.is_some(), "a device that holds numbers has a file to put them in");
+        let counts = matches!(memory.backing, Backing::Nothing { .. });
+        assert_eq!(counts, file.is_none(), "a device that holds numbers has a file to put them in");
         memory.lock().bytes_offloaded += Memory::bytes_taken(bytes);
         Buffer { memory: memory.clone(), place: Place::File(file), bytes }
+    }
+
+    /// Whether a GPU has this memory, or would have it.
+    pub fn is_of_gpu(&self) -> bool {
+        matches!(self.backing, Backing::Gpu(_) | Backing::Nothing { for_gpu: true })
     }
 
     /// What a buffer of `bytes` counts for: whole blocks.
@@ -119,7 +152,7 @@ impl Buffer {
     /// What the buffer takes of the device's memory: whole blocks, or nothing where it lies in a file.
     pub fn bytes_taken(&self) -> usize {
         match self.place {
-            Place::Device(_) => Memory::bytes_taken(self.bytes),
+            Place::Host(_) | Place::Gpu(_) | Place::Nowhere => Memory::bytes_taken(self.bytes),
             Place::File(_) => 0,
         }
     }
@@ -129,10 +162,20 @@ impl Buffer {
         Memory::bytes_taken(self.bytes) - self.bytes_taken()
     }
 
+    /// Where a GPU finds it.
+    pub fn address(&self) -> u64 {
+        match self.place {
+            Place::Gpu(address) => address,
+            _ => panic!("a buffer that is not on a GPU has no address there"),
+        }
+    }
+
     /// Empty on a device that only counts.
     pub fn bytes(&self) -> &[u8] {
         let all: &[u8] = match &self.place {
-            Place::Device(blocks) => bytemuck::cast_slice(blocks),
+            Place::Host(blocks) => bytemuck::cast_slice(blocks),
+            Place::Gpu(_) => panic!("the numbers of a GPU are not read from the host"),
+            Place::Nowhere => &[],
             Place::File(file) => file.as_ref().map_or(&[], Mapped::bytes),
         };
         &all[..self.bytes.min(all.len())]
@@ -140,7 +183,9 @@ impl Buffer {
 
     pub fn bytes_mut(&mut self) -> &mut [u8] {
         let all: &mut [u8] = match &mut self.place {
-            Place::Device(blocks) => bytemuck::cast_slice_mut(blocks),
+            Place::Host(blocks) => bytemuck::cast_slice_mut(blocks),
+            Place::Gpu(_) => panic!("the numbers of a GPU are not written from the host"),
+            Place::Nowhere => &mut [],
             Place::File(file) => file.as_mut().map_or(&mut [], Mapped::bytes_mut),
         };
         let length = self.bytes.min(all.len());
@@ -155,8 +200,12 @@ impl Drop for Buffer {
         assert!(state.bytes_live >= taken, "{} live bytes, {taken} freed", state.bytes_live);
         state.bytes_live -= taken;
         state.bytes_offloaded -= offloaded;
-        if let (true, Place::Device(blocks)) = (self.memory.backed, &mut self.place) {
+        if let Place::Host(blocks) = &mut self.place {
             state.free.entry(taken / 64).or_default().push(std::mem::take(blocks));
+        }
+        drop(state);
+        if let (Place::Gpu(address), Backing::Gpu(queue)) = (&self.place, &self.memory.backing) {
+            queue.run(|driver| driver.free(*address, taken));
         }
     }
 }

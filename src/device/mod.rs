@@ -1,14 +1,17 @@
-//! Where numbers live. A closed set: the host's processor, and a device that only counts.
+//! Where numbers live. A closed set: the host's processor, a GPU, and a device that only counts.
 
 pub mod cpu;
+pub mod gpu;
 pub mod mapped;
 pub mod memory;
 pub mod tensor;
 
 use crate::dtype::Dtype;
 use crate::shape::Shape;
-use anyhow::Result;
+use anyhow::{Result, bail};
 use cpu::Cpu;
+use gpu::Gpu;
+use gpu::emulated::Emulated;
 use mapped::OffloadFile;
 use memory::Memory;
 use std::path::Path;
@@ -17,11 +20,14 @@ use tensor::Tensor;
 
 /// Cloning is cheap: clones share threads and memory.
 ///
+/// `Gpu` may be a real one or an emulated one: an op cannot tell.
+///
 /// `Dry` holds no numbers: a tensor on it has a shape and is counted, ops on it check their shapes and compute nothing.
 /// The same code that trains, run on it, tells the memory that training will take (see `train/rehearsal.rs`).
 #[derive(Clone, Debug)]
 pub enum Device {
     Cpu(Arc<Cpu>),
+    Gpu(Arc<Gpu>),
     Dry(Arc<Memory>),
 }
 
@@ -39,13 +45,60 @@ impl Device {
         Device::Cpu(Arc::new(Cpu::new(threads)))
     }
 
+    /// A GPU that runs on this machine's processor; see `gpu/emulated.rs`.
+    pub fn emulated(seed: Option<u64>, checked: bool, threads: usize) -> Device {
+        Device::Gpu(Arc::new(Gpu::new(Box::new(Emulated::new(seed, checked, threads)))))
+    }
+
+    /// A device that only counts what the CPU would take.
     pub fn dry() -> Device {
-        Device::Dry(Arc::new(Memory::new(false)))
+        Device::Dry(Arc::new(Memory::of_nothing(false)))
+    }
+
+    /// A device that only counts what a GPU would take.
+    pub fn dry_gpu() -> Device {
+        Device::Dry(Arc::new(Memory::of_nothing(true)))
+    }
+
+    /// Whether this is a GPU, or counts for one.
+    pub fn is_gpu(&self) -> bool {
+        self.memory().is_of_gpu()
+    }
+
+    /// Room that only a GPU's path of an op has need of.
+    pub fn gpu_scratch(&self, shape: impl Into<Shape>, dtype: Dtype) -> Option<Tensor> {
+        self.is_gpu().then(|| self.empty(shape, dtype))
+    }
+
+    /// Waits for all work, and tells what of it has failed.
+    pub fn check(&self) -> Result<()> {
+        match self {
+            Device::Gpu(gpu) => gpu.check(),
+            Device::Cpu(_) | Device::Dry(_) => Ok(()),
+        }
+    }
+
+    /// In words.
+    pub fn name(&self) -> String {
+        match self {
+            Device::Cpu(cpu) => format!("{} thread{}", cpu.threads(), if cpu.threads() == 1 { "" } else { "s" }),
+            Device::Gpu(gpu) => gpu.name(),
+            Device::Dry(_) => "a device that only counts".to_string(),
+        }
+    }
+
+    /// Does `work` where ops need not wake anybody up from outside: on the CPU, on a thread of its pool.
+    pub fn install<R: Send>(&self, work: impl FnOnce() -> R + Send) -> R {
+        match self {
+            Device::Cpu(cpu) => cpu.install(work),
+            Device::Gpu(_) | Device::Dry(_) => work(),
+        }
     }
 
     pub fn memory(&self) -> &Arc<Memory> {
         match self {
             Device::Cpu(cpu) => &cpu.memory,
+            Device::Gpu(gpu) => &gpu.memory,
             Device::Dry(memory) => memory,
         }
     }
@@ -68,6 +121,9 @@ impl Device {
         match (self, folder) {
             (_, None) => Ok(Shelf::Device),
             (Device::Dry(_), Some(_)) => Ok(Shelf::File(None)),
+            (Device::Gpu(_), Some(_)) => {
+                bail!("state is offloaded to files on a cpu only: leave out offload, or set device.kind = \"cpu\"")
+            }
             (Device::Cpu(_), Some(folder)) => {
                 let bytes = sizes.into_iter().map(mapped::bytes_taken).sum();
                 Ok(Shelf::File(Some(OffloadFile::create(folder, bytes)?)))

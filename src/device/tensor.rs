@@ -3,6 +3,7 @@
 //! Ops take views, return fresh tensors, and add weight gradients into a `ViewMut`.
 
 use crate::device::Device;
+use crate::device::gpu::driver::{Argument, Stream};
 use crate::device::memory::Buffer;
 use crate::dtype::{Dtype, Stored};
 use crate::shape::Shape;
@@ -89,7 +90,7 @@ impl Tensor {
     /// A copy on the same device.
     pub fn duplicate(&self) -> Tensor {
         let mut copy = self.device.empty(self.shape, self.dtype);
-        copy.buffer.bytes_mut().copy_from_slice(self.buffer.bytes());
+        copy.view_mut().copy_from(self.view());
         copy
     }
 
@@ -137,19 +138,45 @@ impl<'a> View<'a> {
         bytemuck::cast_slice(&self.buffer.bytes()[bytes])
     }
 
+    /// Where a GPU finds the window.
+    pub fn address(&self) -> u64 {
+        self.buffer.address() + (self.start * self.dtype.bytes()) as u64
+    }
+
+    /// What the window takes of memory.
+    pub fn bytes(&self) -> usize {
+        self.shape.numel() * self.dtype.bytes()
+    }
+
     /// The window's bytes on the host.
     pub fn to_bytes(&self) -> Vec<u8> {
-        let size = self.dtype.bytes();
+        let start = self.start * self.dtype.bytes();
         match self.device {
-            Device::Cpu(_) => self.buffer.bytes()[self.start * size..(self.start + self.shape.numel()) * size].to_vec(),
-            Device::Dry(_) => vec![0; self.shape.numel() * size],
+            Device::Cpu(_) => self.buffer.bytes()[start..start + self.bytes()].to_vec(),
+            Device::Gpu(_) | Device::Dry(_) => {
+                let mut bytes = vec![0; self.bytes()];
+                self.read_from_gpu(&mut bytes);
+                bytes
+            }
         }
     }
 
     pub fn to_vec<T: Stored>(&self) -> Vec<T> {
         match self.device {
             Device::Cpu(_) => self.slice::<T>().to_vec(),
-            Device::Dry(_) => vec![T::default(); self.shape.numel()],
+            Device::Gpu(_) | Device::Dry(_) => {
+                assert_eq!(self.dtype, T::DTYPE, "numbers of another dtype");
+                let mut values = vec![T::default(); self.shape.numel()];
+                self.read_from_gpu(bytemuck::cast_slice_mut(&mut values));
+                values
+            }
+        }
+    }
+
+    /// Waits for the work that makes the window. After a failure the bytes stay as they are: who uses them asks `Device::check` first.
+    fn read_from_gpu(&self, bytes: &mut [u8]) {
+        if let Device::Gpu(gpu) = self.device {
+            gpu.queue().run(|driver| driver.download(Stream::Compute, self.address(), bytes));
         }
     }
 }
@@ -169,6 +196,11 @@ impl<'a> ViewMut<'a> {
 
     pub fn view(&self) -> View<'_> {
         View { device: self.device, buffer: self.buffer, start: self.start, shape: self.shape, dtype: self.dtype }
+    }
+
+    /// Where a GPU finds the window.
+    pub fn address(&self) -> u64 {
+        self.view().address()
     }
 
     /// A shorter borrow of the same window.
@@ -210,6 +242,10 @@ impl<'a> ViewMut<'a> {
                 let bytes = self.start * self.dtype.bytes()..(self.start + self.shape.numel()) * self.dtype.bytes();
                 self.buffer.bytes_mut()[bytes].fill(0);
             }
+            Device::Gpu(gpu) => {
+                let bytes = self.view().bytes();
+                gpu.queue().run(|driver| driver.zero(Stream::Compute, self.address(), bytes));
+            }
             Device::Dry(_) => {}
         }
     }
@@ -219,6 +255,10 @@ impl<'a> ViewMut<'a> {
         assert_eq!(self.shape.numel(), values.len(), "{} values into {}", values.len(), self.shape);
         match self.device {
             Device::Cpu(_) => self.slice_mut::<T>().copy_from_slice(values),
+            Device::Gpu(gpu) => {
+                assert_eq!(self.dtype, T::DTYPE, "numbers of another dtype");
+                gpu.queue().run(|driver| driver.upload(Stream::Compute, self.address(), bytemuck::cast_slice(values)));
+            }
             Device::Dry(_) => {}
         }
     }
@@ -234,7 +274,28 @@ impl<'a> ViewMut<'a> {
                 let to = self.start * size..(self.start + self.shape.numel()) * size;
                 self.buffer.bytes_mut()[to].copy_from_slice(&source.buffer.bytes()[from]);
             }
+            Device::Gpu(gpu) => {
+                gpu.queue().run(|driver| driver.copy(Stream::Compute, self.address(), source.address(), source.bytes()));
+            }
             Device::Dry(_) => {}
         }
+    }
+}
+
+impl From<View<'_>> for Argument {
+    fn from(view: View<'_>) -> Argument {
+        Argument::from(view.address())
+    }
+}
+
+impl From<ViewMut<'_>> for Argument {
+    fn from(view: ViewMut<'_>) -> Argument {
+        Argument::from(view.address())
+    }
+}
+
+impl From<&ViewMut<'_>> for Argument {
+    fn from(view: &ViewMut<'_>) -> Argument {
+        Argument::from(view.address())
     }
 }

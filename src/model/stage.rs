@@ -126,6 +126,10 @@ impl Stage {
         self.zero.expect(&self.uses.evaluating);
     }
 
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
     /// The sum of the losses of all tokens that the step has met on this rank.
     pub fn loss(&self) -> &LossSum {
         &self.now.loss
@@ -148,7 +152,9 @@ impl Stage {
         let logits = head.logits(self.zero.weights(head.unit)?, normed.view());
         let mut wide = self.device.empty(logits.shape(), Dtype::F32);
         crate::ops::elementwise::cast(wide.view_mut(), logits.view());
-        Ok(wide.to_vec())
+        let logits = wide.to_vec();
+        self.device.check()?;
+        Ok(logits)
     }
 
     fn upload(&self, batch: &Batch) -> Vec<MicroBatch> {

@@ -33,6 +33,7 @@ pub fn swiglu_forward(gate_up: View<'_>) -> Tensor {
                 }
             });
         }),
+        Device::Gpu(_) => panic!("not yet on a GPU"),
         Device::Dry(_) => {}
     }
     h
@@ -63,6 +64,7 @@ pub fn swiglu_backward(dh: View<'_>, gate_up: View<'_>) -> Tensor {
                 }
             });
         }),
+        Device::Gpu(_) => panic!("not yet on a GPU"),
         Device::Dry(_) => {}
     }
     dgate_up
@@ -88,6 +90,7 @@ pub fn gelu_forward(x: View<'_>) -> Tensor {
                 gelu_row(y.elements, &xs[range]);
             });
         }),
+        Device::Gpu(_) => panic!("not yet on a GPU"),
         Device::Dry(_) => {}
     }
     y
@@ -112,6 +115,7 @@ pub fn gelu_backward(dy: View<'_>, x: View<'_>) -> Tensor {
                 gelu_backward_row(dx.elements, &dys[range.clone()], &xs[range]);
             });
         }),
+        Device::Gpu(_) => panic!("not yet on a GPU"),
         Device::Dry(_) => {}
     }
     dx

@@ -78,6 +78,7 @@ pub fn step(mut p: ViewMut<'_>, mut m: ViewMut<'_>, mut v: ViewMut<'_>, g: View<
                 },
             );
         }
+        Device::Gpu(_) => panic!("not yet on a GPU"),
         Device::Dry(_) => {}
     }
 }
@@ -99,6 +100,7 @@ pub fn step_and_cast(mut p: ViewMut<'_>, mut m: ViewMut<'_>, mut v: ViewMut<'_>,
                 }
             });
         }),
+        Device::Gpu(_) => panic!("not yet on a GPU"),
         Device::Dry(_) => {}
     }
 }

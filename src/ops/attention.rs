@@ -70,6 +70,7 @@ pub fn forward(qkv: View<'_>, heads: Heads, mask: Mask<'_>) -> (Tensor, Tensor) 
             let attention = Attention::<T>::new(cpu, qkv, heads, mask);
             attention.forward(cpu, o.view_mut().into_slice(), lse.view_mut().into_slice());
         }),
+        Device::Gpu(_) => panic!("not yet on a GPU"),
         Device::Dry(_) => {}
     }
     (o, lse)
@@ -95,6 +96,7 @@ pub fn backward(dout: View<'_>, qkv: View<'_>, o: View<'_>, lse: View<'_>, heads
             let given = Given { dout: dout.slice(), lse: lse.slice(), dots: dots.view().slice() };
             attention.backward(cpu, &given, dq.view_mut().into_slice(), dqkv.view_mut().into_slice());
         }),
+        Device::Gpu(_) => panic!("not yet on a GPU"),
         Device::Dry(_) => {}
     }
     dqkv

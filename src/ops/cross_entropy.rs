@@ -41,6 +41,7 @@ pub fn row_max(logits: View<'_>) -> Tensor {
                 }
             });
         }),
+        Device::Gpu(_) => panic!("not yet on a GPU"),
         Device::Dry(_) => {}
     }
     max
@@ -68,6 +69,7 @@ pub fn sums(logits: View<'_>, max: View<'_>, targets: View<'_>, first: usize, sh
                 }
             });
         }),
+        Device::Gpu(_) => panic!("not yet on a GPU"),
         Device::Dry(_) => {}
     }
     sums
@@ -96,6 +98,7 @@ pub fn losses(sums: View<'_>, targets: View<'_>) -> Tensor {
                 },
             );
         }
+        Device::Gpu(_) => panic!("not yet on a GPU"),
         Device::Dry(_) => {}
     }
     losses
@@ -121,6 +124,7 @@ pub fn finish(mut logits: ViewMut<'_>, max: View<'_>, sums: View<'_>, targets: V
                 }
             });
         }),
+        Device::Gpu(_) => panic!("not yet on a GPU"),
         Device::Dry(_) => {}
     }
 }

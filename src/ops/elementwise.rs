@@ -1,8 +1,13 @@
 //! Sums, scalings and conversions of element by element.
 //!
+//! On a GPU (`cuda/elementwise.cu`) the same roundings give the same bits.
+//!
 //! Invariant: each result is one f32 operation, rounded once to the dtype it rests in.
 
+use crate::args;
 use crate::device::Device;
+use crate::device::gpu::driver::Grid;
+use crate::device::gpu::kernel;
 use crate::device::tensor::{View, ViewMut};
 use crate::dispatch;
 use crate::dtype::{Dtype, Element};
@@ -11,26 +16,32 @@ use crate::ops::rows::{Rows, over_rows};
 /// y += x, of one shape and dtype.
 pub fn add(y: ViewMut<'_>, x: View<'_>) {
     assert_eq!(y.dtype(), x.dtype(), "the terms of a sum");
+    check_counts(&y, x);
     match x.device() {
         Device::Cpu(_) => dispatch!(x.dtype(), T => update::<T, T>(y, x, |y, x| y + x)),
-        Device::Dry(_) => check_counts(&y, x),
+        Device::Gpu(_) => launch(&kernel("elementwise_add", x.dtype()), &y, x),
+        Device::Dry(_) => {}
     }
 }
 
 /// dst += src, in f32, whatever the dtype of `src`.
 pub fn accumulate(dst: ViewMut<'_>, src: View<'_>) {
     assert_eq!(dst.dtype(), Dtype::F32, "gradients rest in f32");
+    check_counts(&dst, src);
     match src.device() {
         Device::Cpu(_) => dispatch!(src.dtype(), T => update::<f32, T>(dst, src, |y, x| y + x)),
-        Device::Dry(_) => check_counts(&dst, src),
+        Device::Gpu(_) => launch(&kernel("elementwise_accumulate", src.dtype()), &dst, src),
+        Device::Dry(_) => {}
     }
 }
 
 /// dst = src, rounded where `dst` is narrower.
 pub fn cast(dst: ViewMut<'_>, src: View<'_>) {
+    check_counts(&dst, src);
     match src.device() {
         Device::Cpu(_) => dispatch!(dst.dtype(), D => dispatch!(src.dtype(), S => update::<D, S>(dst, src, |_, x| x))),
-        Device::Dry(_) => check_counts(&dst, src),
+        Device::Gpu(_) => launch(&kernel(&kernel("elementwise_cast", dst.dtype()), src.dtype()), &dst, src),
+        Device::Dry(_) => {}
     }
 }
 
@@ -43,6 +54,10 @@ pub fn scale(mut x: ViewMut<'_>, factor: f32) {
                 scale_part(x.elements, factor);
             });
         }),
+        Device::Gpu(gpu) => {
+            let count = x.shape().numel();
+            gpu.launch(&kernel("elementwise_scale", x.dtype()), grid(count), &args![&x, factor, count]);
+        }
         Device::Dry(_) => {}
     }
 }
@@ -67,6 +82,7 @@ pub fn add_row(mut y: ViewMut<'_>, bias: View<'_>) {
                 }
             });
         }),
+        Device::Gpu(gpu) => gpu.launch(&kernel("elementwise_add_row", bias.dtype()), grid(n * c), &args![&y, bias, n, c]),
         Device::Dry(_) => {}
     }
 }
@@ -86,7 +102,6 @@ pub(super) fn accumulate_row<T: Element>(sums: &mut [f32], x: &[T]) {
 }
 
 fn update<Y: Element, X: Element>(mut y: ViewMut<'_>, x: View<'_>, new: impl Fn(f32, f32) -> f32 + Sync) {
-    check_counts(&y, x);
     let Device::Cpu(cpu) = x.device() else { return };
     let xs = x.slice::<X>();
     over_rows(
@@ -101,6 +116,18 @@ fn update<Y: Element, X: Element>(mut y: ViewMut<'_>, x: View<'_>, new: impl Fn(
             }
         },
     );
+}
+
+/// The kernels that read x and write as many elements of y.
+fn launch(kernel: &str, y: &ViewMut<'_>, x: View<'_>) {
+    let Device::Gpu(gpu) = x.device() else { return };
+    let count = x.shape().numel();
+    gpu.launch(kernel, grid(count), &args![y, x, count]);
+}
+
+/// A thread's turn is 16 bytes or less: up to eight elements.
+fn grid(elements: usize) -> Grid {
+    Grid::over(elements, 256 * 8, 256)
 }
 
 fn check_counts(y: &ViewMut<'_>, x: View<'_>) {

@@ -34,6 +34,7 @@ pub fn forward(ids: View<'_>, table: View<'_>, first: usize) -> Tensor {
                 }
             });
         }),
+        Device::Gpu(_) => panic!("not yet on a GPU"),
         Device::Dry(_) => {}
     }
     y
@@ -58,6 +59,7 @@ pub fn backward(mut dw: ViewMut<'_>, dy: View<'_>, ids: View<'_>, first: usize) 
                 }
             });
         }),
+        Device::Gpu(_) => panic!("not yet on a GPU"),
         Device::Dry(_) => {}
     }
 }
@@ -78,6 +80,7 @@ pub fn positions_forward(mut x: ViewMut<'_>, table: View<'_>, positions: View<'_
                 }
             });
         }),
+        Device::Gpu(_) => panic!("not yet on a GPU"),
         Device::Dry(_) => {}
     }
 }

@@ -10,9 +10,11 @@ use crate::device::Device;
 use crate::device::cpu::Cpu;
 use crate::device::cpu::gemm;
 use crate::device::cpu::pack::{Along, Operand};
+use crate::device::gpu::driver::{self, Gemm, Order};
 use crate::device::tensor::{Tensor, View, ViewMut};
 use crate::dispatch;
 use crate::dtype::{Dtype, Element};
+use crate::ops::elementwise;
 use std::ops::Range;
 
 /// Rows of one chain of a weight gradient: a longer sequence adds one such block after the other.
@@ -38,6 +40,7 @@ pub fn forward_bias(x: View<'_>, w: View<'_>, bias: View<'_>, shard: usize) -> T
     let mut y = part_sum(x, w, None, 0..parts, shard);
     match x.device() {
         Device::Cpu(cpu) => dispatch!(x.dtype(), T => add_bias::<T>(cpu, &mut y, bias)),
+        Device::Gpu(_) => elementwise::add_row(y.view_mut(), bias),
         Device::Dry(_) => {}
     }
     y
@@ -49,12 +52,23 @@ pub fn backward_input(dy: View<'_>, w: View<'_>) -> Tensor {
     assert_eq!(o, rows, "dy {} and w {} share the outputs", dy.shape(), w.shape());
     assert_eq!(dy.dtype(), w.dtype(), "dy and w of one dtype");
     let mut dx = dy.device().empty([n, i], dy.dtype());
-    let waiting = gemm::needs_waiting(dy.dtype(), o).then(|| dy.device().empty([n, i], Dtype::F32));
+    let waiting = waiting_room(dy, [n, i], o);
     match dy.device() {
         Device::Cpu(cpu) => dispatch!(dy.dtype(), T => {
             let a = Operand { data: dy.slice::<T>(), stride: o, along: Along::K };
             let b = Operand { data: w.slice::<T>(), stride: i, along: Along::X };
             run::<T>(cpu, a, b, [n, i, o], None, waiting, &mut dx);
+        }),
+        Device::Gpu(gpu) => gpu.gemm(&Gemm {
+            dtype: dy.dtype(),
+            m: n,
+            n: i,
+            k: o,
+            a: operand(dy, o, Order::SummedInner),
+            b: operand(w, i, Order::SummedOuter),
+            out: dx.view().address(),
+            accumulate: false,
+            bias: None,
         }),
         Device::Dry(_) => {}
     }
@@ -75,6 +89,21 @@ pub fn backward_weight(dw: ViewMut<'_>, dy: View<'_>, x: View<'_>, rows_per_sequ
             let b = Operand { data: x.slice::<T>(), stride: i, along: Along::X };
             gemm::accumulate(cpu, a, b, [o, i, n], &chains(n, rows_per_sequence), dw.into_slice());
         }),
+        Device::Gpu(gpu) => {
+            for rows in chains(n, rows_per_sequence) {
+                gpu.gemm(&Gemm {
+                    dtype: dy.dtype(),
+                    m: o,
+                    n: i,
+                    k: rows.len(),
+                    a: operand(dy.rows(rows.clone()), o, Order::SummedOuter),
+                    b: operand(x.rows(rows), i, Order::SummedOuter),
+                    out: dw.address(),
+                    accumulate: true,
+                    bias: None,
+                });
+            }
+        }
         Device::Dry(_) => {}
     }
 }
@@ -111,6 +140,7 @@ fn part_sum(x: View<'_>, w: View<'_>, bias: Option<View<'_>>, parts: Range<usize
     let right = part_sum(x, w, bias, parts.start + left..parts.end, shard);
     match x.device() {
         Device::Cpu(cpu) => dispatch!(x.dtype(), T => add_rounded::<T>(cpu, &mut sum, &right)),
+        Device::Gpu(_) => elementwise::add(sum.view_mut(), right.view()),
         Device::Dry(_) => {}
     }
     sum
@@ -120,16 +150,41 @@ fn part_sum(x: View<'_>, w: View<'_>, bias: Option<View<'_>>, parts: Range<usize
 fn leaf(x: View<'_>, w: View<'_>, bias: Option<View<'_>>, ks: Range<usize>) -> Tensor {
     let ([n, i], [o, _]) = (matrix(x), matrix(w));
     let mut y = x.device().empty([n, o], x.dtype());
-    let waiting = gemm::needs_waiting(x.dtype(), ks.len()).then(|| x.device().empty([n, o], Dtype::F32));
+    let waiting = waiting_room(x, [n, o], ks.len());
     match x.device() {
         Device::Cpu(cpu) if n > 0 => dispatch!(x.dtype(), T => {
             let a = Operand { data: &x.slice::<T>()[ks.start..], stride: i, along: Along::K };
             let b = Operand { data: &w.slice::<T>()[ks.start..], stride: i, along: Along::K };
             run::<T>(cpu, a, b, [n, o, ks.len()], bias, waiting, &mut y);
         }),
+        Device::Gpu(gpu) => gpu.gemm(&Gemm {
+            dtype: x.dtype(),
+            m: n,
+            n: o,
+            k: ks.len(),
+            a: from_column(operand(x, i, Order::SummedInner), x.dtype(), ks.start),
+            b: from_column(operand(w, i, Order::SummedInner), x.dtype(), ks.start),
+            out: y.view().address(),
+            accumulate: false,
+            bias: bias.map(|bias| bias.address()),
+        }),
         Device::Cpu(_) | Device::Dry(_) => {}
     }
     y
+}
+
+/// Where the CPU keeps f32 sums of a product whose K it does in several rounds. A GPU keeps them in registers.
+fn waiting_room(x: View<'_>, sizes: [usize; 2], k: usize) -> Option<Tensor> {
+    let device = x.device();
+    (!device.is_gpu() && gemm::needs_waiting(x.dtype(), k)).then(|| device.empty(sizes, Dtype::F32))
+}
+
+fn operand(x: View<'_>, stride: usize, order: Order) -> driver::Operand {
+    driver::Operand { address: x.address(), stride, order }
+}
+
+fn from_column(operand: driver::Operand, dtype: Dtype, column: usize) -> driver::Operand {
+    driver::Operand { address: operand.address + (column * dtype.bytes()) as u64, ..operand }
 }
 
 fn run<T: Element>(

@@ -35,6 +35,7 @@ pub fn rms_forward(x: View<'_>, w: View<'_>, eps: f32) -> (Tensor, Tensor) {
                 }
             });
         }),
+        Device::Gpu(_) => panic!("not yet on a GPU"),
         Device::Dry(_) => {}
     }
     (y, r)
@@ -54,6 +55,7 @@ pub fn rms_again(x: View<'_>, w: View<'_>, r: View<'_>) -> Tensor {
                 }
             });
         }),
+        Device::Gpu(_) => panic!("not yet on a GPU"),
         Device::Dry(_) => {}
     }
     y
@@ -82,6 +84,7 @@ pub fn rms_backward(dy: View<'_>, x: View<'_>, w: View<'_>, r: View<'_>) -> Tens
                 }
             });
         }),
+        Device::Gpu(_) => panic!("not yet on a GPU"),
         Device::Dry(_) => {}
     }
     dx
@@ -117,6 +120,7 @@ pub fn rms_backward_weight(dw: ViewMut<'_>, dy: View<'_>, x: View<'_>, r: View<'
                 add_weight_row(sums, dy, x, 0.0, r);
             });
         }),
+        Device::Gpu(_) => panic!("not yet on a GPU"),
         Device::Dry(_) => {}
     }
 }
@@ -141,6 +145,7 @@ pub fn layer_forward(x: View<'_>, w: View<'_>, b: View<'_>, eps: f32) -> (Tensor
                 }
             });
         }),
+        Device::Gpu(_) => panic!("not yet on a GPU"),
         Device::Dry(_) => {}
     }
     (y, stats)
@@ -161,6 +166,7 @@ pub fn layer_again(x: View<'_>, w: View<'_>, b: View<'_>, stats: View<'_>) -> Te
                 }
             });
         }),
+        Device::Gpu(_) => panic!("not yet on a GPU"),
         Device::Dry(_) => {}
     }
     y
@@ -191,6 +197,7 @@ pub fn layer_backward(dy: View<'_>, x: View<'_>, w: View<'_>, stats: View<'_>) -
                 }
             });
         }),
+        Device::Gpu(_) => panic!("not yet on a GPU"),
         Device::Dry(_) => {}
     }
     dx
@@ -227,6 +234,7 @@ pub fn layer_backward_weight(dw: ViewMut<'_>, dy: View<'_>, x: View<'_>, stats: 
                 add_weight_row(sums, dy, x, mean, r);
             });
         }),
+        Device::Gpu(_) => panic!("not yet on a GPU"),
         Device::Dry(_) => {}
     }
 }

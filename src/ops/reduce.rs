@@ -31,6 +31,7 @@ pub fn sum_rows(dw: ViewMut<'_>, dy: View<'_>, t: usize) {
                 accumulate_row(sums, &values[row * columns..][columns_read]);
             });
         }),
+        Device::Gpu(_) => panic!("not yet on a GPU"),
         Device::Dry(_) => {}
     }
 }
@@ -106,6 +107,7 @@ pub fn tree_rows(dw: View<'_>) -> Tensor {
                 },
             );
         }
+        Device::Gpu(_) => panic!("not yet on a GPU"),
         Device::Dry(_) => {}
     }
     total
@@ -135,6 +137,7 @@ pub fn first_nonfinite(x: View<'_>) -> Option<usize> {
             let find = |(part, values): (usize, &[T])| nonfinite_in(values).map(|i| part * PART + i);
             if values.len() <= PART { find((0, values)) } else { cpu.install(|| values.par_chunks(PART).enumerate().find_map_first(find)) }
         }),
+        Device::Gpu(_) => panic!("not yet on a GPU"),
         Device::Dry(_) => None,
     }
 }
@@ -172,6 +175,7 @@ impl SquareSum {
                 self.merge(&total);
             }
             Device::Cpu(_) => self.merge(&SquareSum::of(x.slice::<f32>())),
+            Device::Gpu(_) => panic!("not yet on a GPU"),
             Device::Dry(_) => {}
         }
     }
@@ -308,6 +312,7 @@ impl LossSum {
         assert_eq!(losses.dtype(), Dtype::F32, "losses are f32");
         match losses.device() {
             Device::Cpu(_) => losses.slice::<f32>().iter().for_each(|&loss| self.add_one(loss)),
+            Device::Gpu(_) => panic!("not yet on a GPU"),
             Device::Dry(_) => {}
         }
     }

@@ -54,6 +54,7 @@ pub fn table(device: &Device, head_dim: usize, theta: f64, scaling: Scaling, pos
                 },
             );
         }
+        Device::Gpu(_) => panic!("not yet on a GPU"),
         Device::Dry(_) => {}
     }
     table
@@ -111,6 +112,7 @@ fn turn(mut x: ViewMut<'_>, heads: usize, head_dim: usize, table: View<'_>, posi
                 }
             });
         }),
+        Device::Gpu(_) => panic!("not yet on a GPU"),
         Device::Dry(_) => {}
     }
 }

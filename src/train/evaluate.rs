@@ -31,6 +31,7 @@ impl Validation {
             pipeline::run(&actions, &placement, &mut trainer.stage, &trainer.groups)?;
             loss.merge(trainer.stage.loss());
         }
+        trainer.stage.device().check()?;
         total(trainer, loss, valid)
     }
 }

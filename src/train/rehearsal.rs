@@ -5,7 +5,7 @@
 
 use crate::comm::connect::Transport;
 use crate::comm::groups::Groups;
-use crate::config::Config;
+use crate::config::{Config, DeviceKind};
 use crate::data::loader::Batch;
 use crate::device::Device;
 use crate::plan::Plan;
@@ -30,7 +30,10 @@ pub struct Footprint {
 
 /// Rehearses one step of rank `index`.
 pub fn rehearse(config: &Config, plan: &Plan, index: usize) -> Result<Footprint> {
-    let device = Device::dry();
+    let device = match config.device.kind {
+        DeviceKind::Auto | DeviceKind::Cpu => Device::dry(),
+        DeviceKind::Cuda | DeviceKind::Emulated => Device::dry_gpu(),
+    };
     // What the world exchanges is on the host; of a large world it would be most of the work.
     let mut groups = Groups::connect(&Transport::Rehearsal, &plan.mesh, index)?;
     groups.world = Groups::solo().world;

@@ -75,16 +75,14 @@ fn run_rank(config: &Config, identity: &Identity) -> Result<Ending, Failure> {
     let writer = open_run(config, identity, &plan, &team)?;
     let stop = StopRequest::listen()?;
     let groups = team.groups(&plan.mesh)?;
-    let Device::Cpu(cpu) = device.clone() else { panic!("a run has a device that computes") };
-    // All of it on a thread of the pool: no op then has to wake the pool up from outside.
-    let ending = cpu.install(|| {
+    let ending = device.install(|| {
         let mut trainer = Trainer::new(config, plan, identity.rank, &device, groups)?;
         let done = match &checkpoint {
             Some(checkpoint) => resume::load(&mut trainer, checkpoint)?,
             None => resume::start(&mut trainer, config).map(|()| 0)?,
         };
         let reporter = Reporter::new(&config.run.dir, identity.rank, report_facts(config, &trainer.plan, writer.incarnation()))?;
-        reporter.say(&headline(config, &trainer.plan, cpu.threads()));
+        reporter.say(&headline(config, &trainer.plan, &device.name()));
         notes.iter().chain(&note).for_each(|note| reporter.say(note));
         let loader = team.first_rank_first(|| corpora::training(config, &trainer))?;
         let validation = team.first_rank_first(|| corpora::validation(config, &trainer))?;
@@ -229,7 +227,9 @@ impl Run<'_> {
 
     fn save(&mut self, step: u64) -> Result<()> {
         let facts = resume::facts(&self.trainer, self.config, step)?;
-        self.writer.save(facts, self.trainer.stage.zero.shards()?)?;
+        let shards = self.trainer.stage.zero.shards()?;
+        self.device.check()?;
+        self.writer.save(facts, shards)?;
         self.saved = Some(step);
         if !self.config.checkpoint.asynchronous {
             self.writer.settle()?;
@@ -273,10 +273,10 @@ fn report_facts(config: &Config, plan: &Plan, incarnation: u64) -> Facts {
 }
 
 /// What a run is, in a line.
-fn headline(config: &Config, plan: &Plan, threads: usize) -> String {
+fn headline(config: &Config, plan: &Plan, device: &str) -> String {
     let plural = |count: usize| if count == 1 { "" } else { "s" };
     format!(
-        "{}: {} parameters in {}, {} steps of {} tokens, on {} rank{} of {threads} thread{}; all goes to {}",
+        "{}: {} parameters in {}, {} steps of {} tokens, on {} rank{} of {device}; all goes to {}",
         config.run.name,
         short_count(catalog::parameters(&plan.units) as f64),
         plan.dtype,
@@ -284,7 +284,6 @@ fn headline(config: &Config, plan: &Plan, threads: usize) -> String {
         short_count(plan.tokens_per_step() as f64),
         plan.mesh.world(),
         plural(plan.mesh.world()),
-        plural(threads),
         config.run.dir.display()
     )
 }
@@ -300,13 +299,16 @@ fn check_data(config: &Config, team: &Team) -> Result<(), Failure> {
 }
 
 fn device(config: &Config, identity: &Identity) -> Result<Device, Failure> {
-    if let DeviceKind::Cuda | DeviceKind::Emulated = config.device.kind {
-        let problem = Problem::new("device.kind", "this build trains on the cpu only").help("set it to \"cpu\", or leave it out");
-        return Err(Failure::Config(vec![problem]));
-    }
     let available = std::thread::available_parallelism().map_or(1, usize::from);
     let threads = if config.device.threads > 0 { config.device.threads } else { (available / identity.local_world).max(1) };
-    Ok(Device::cpu(threads))
+    match config.device.kind {
+        DeviceKind::Auto | DeviceKind::Cpu => Ok(Device::cpu(threads)),
+        DeviceKind::Emulated => Ok(Device::emulated(None, false, threads)),
+        DeviceKind::Cuda => {
+            let problem = Problem::new("device.kind", "this build trains on the cpu only").help("set it to \"cpu\", or leave it out");
+            Err(Failure::Config(vec![problem]))
+        }
+    }
 }
 
 /// Makes the run's folder and takes possession of its checkpoints. The first thing that is written.

@@ -129,6 +129,8 @@ impl Trainer {
         let loss = if self.rank.at.tp == 0 { *self.stage.loss() } else { LossSum::default() };
         message.extend(loss.to_bytes());
         message.extend(self.stage.zero.square_sum().to_bytes());
+        // Nobody hears numbers of a device that has failed.
+        self.stage.device().check()?;
         let mut sums = Sums { stop: false, loss: LossSum::default(), squares: SquareSum::default() };
         for bytes in self.groups.world.exchange(&message)? {
             let (head, squares) = bytes.split_at(1 + LossSum::BYTES);

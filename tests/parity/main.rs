@@ -1,0 +1,122 @@
+//! Every op on a GPU gives what it gives on the CPU: the kernels' PTX, executed by the emulator in a fixed order of threads, in eight random
+//! ones, and with every check on.
+
+mod elementwise;
+
+use ferrotron::device::Device;
+use ferrotron::device::tensor::Tensor;
+use ferrotron::dtype::{Dtype, Element, Stored};
+use ferrotron::rng::Stream;
+use ferrotron::shape::Shape;
+use half::{bf16, f16};
+
+pub const DTYPES: [Dtype; 3] = [Dtype::F32, Dtype::Bf16, Dtype::F16];
+
+/// How near a GPU's result must be to the CPU's.
+#[derive(Clone, Copy, Debug)]
+pub enum Close {
+    /// The same bits: any NaN is like any other.
+    Bits,
+    /// f32 within this share of the tensor's norm; bf16 and f16 within one rounding of each element, give or take that share.
+    Share(f64),
+}
+
+/// Runs `op` on the CPU and on emulated GPUs, and compares all tensors that it returns. On every GPU they must have the same bits.
+pub fn same(what: &str, close: Close, op: impl Fn(&Device) -> Vec<Tensor>) {
+    let expected = op(&Device::cpu(1));
+    let mut first: Option<Vec<Vec<u8>>> = None;
+    for (order, device) in gpus() {
+        let results = op(&device);
+        let bytes: Vec<Vec<u8>> = results.iter().map(|x| x.view().to_bytes()).collect();
+        device.check().unwrap_or_else(|error| panic!("{what}, {order}: {error:#}"));
+        assert_eq!(results.len(), expected.len(), "{what}: results");
+        for (index, (result, expected)) in results.iter().zip(&expected).enumerate() {
+            assert_eq!((result.shape(), result.dtype()), (expected.shape(), expected.dtype()), "{what}, result {index}");
+            let problem = difference(result, expected, close);
+            assert!(problem.is_none(), "{what}, {order}, result {index}: {}", problem.unwrap_or_default());
+        }
+        let first = first.get_or_insert_with(|| bytes.clone());
+        assert!(*first == bytes, "{what}, {order}: other bits than in the fixed order of threads");
+    }
+}
+
+/// Emulated GPUs, and how each orders its threads.
+pub fn gpus() -> Vec<(String, Device)> {
+    let mut all = vec![("in order".to_string(), Device::emulated(None, false, 1))];
+    all.extend((0..8).map(|seed| (format!("seed {seed}"), Device::emulated(Some(seed), false, 1))));
+    all.push(("checked".to_string(), Device::emulated(None, true, 1)));
+    all.push(("checked, seed 9".to_string(), Device::emulated(Some(9), true, 1)));
+    all
+}
+
+/// Why `result` is not close enough to `expected`.
+fn difference(result: &Tensor, expected: &Tensor, close: Close) -> Option<String> {
+    if result.dtype() == Dtype::U32 {
+        return unequal(&result.to_vec::<u32>(), &expected.to_vec::<u32>(), |a, b| a == b);
+    }
+    let (a, b) = (floats(result), floats(expected));
+    let share = match close {
+        Close::Bits => return unequal(&a, &b, |a, b| a.to_bits() == b.to_bits() || (a.is_nan() && b.is_nan())),
+        Close::Share(share) => share,
+    };
+    let finite = |x: &f32| if x.is_finite() { *x as f64 } else { 0.0 };
+    let problem = unequal(&a, &b, |a, b| (a.is_finite() && b.is_finite()) || a == b || (a.is_nan() && b.is_nan()));
+    if problem.is_some() {
+        return problem;
+    }
+    let norm = b.iter().map(|x| finite(x).powi(2)).sum::<f64>().sqrt();
+    if result.dtype() == Dtype::F32 {
+        let distance = a.iter().zip(&b).map(|(a, b)| (finite(a) - finite(b)).powi(2)).sum::<f64>().sqrt();
+        return (distance > share * norm).then(|| format!("off by {:.2e} of its norm {norm:.3e}", distance / norm));
+    }
+    // One unit of the last place, of the greater of the two, and where terms cancel a share of what a typical element is.
+    let unit = if result.dtype() == Dtype::Bf16 { 2f64.powi(-7) } else { 2f64.powi(-10) };
+    let typical = norm / (b.len().max(1) as f64).sqrt();
+    unequal(&a, &b, |a, b| (finite(a) - finite(b)).abs() <= unit * finite(a).abs().max(finite(b).abs()) + share * typical)
+}
+
+fn unequal<T: std::fmt::Debug>(a: &[T], b: &[T], equal: impl Fn(&T, &T) -> bool) -> Option<String> {
+    let at = a.iter().zip(b).position(|(a, b)| !equal(a, b))?;
+    Some(format!("element {at} of {} is {:?}, not {:?}", a.len(), a[at], b[at]))
+}
+
+pub fn floats(x: &Tensor) -> Vec<f32> {
+    match x.dtype() {
+        Dtype::F32 => x.to_vec::<f32>(),
+        Dtype::Bf16 => x.to_vec::<bf16>().into_iter().map(Element::to_f32).collect(),
+        Dtype::F16 => x.to_vec::<f16>().into_iter().map(Element::to_f32).collect(),
+        Dtype::U32 => panic!("no floats"),
+    }
+}
+
+/// Normal numbers times `scale`, the same for the same `name`, rounded to `dtype`.
+pub fn random(device: &Device, name: &str, shape: &[usize], dtype: Dtype, scale: f64) -> Tensor {
+    let stream = Stream::new(1, name);
+    let values: Vec<f32> = (0..shape.iter().product::<usize>()).map(|i| (stream.normal(i as u64) * scale) as f32).collect();
+    of(device, shape, dtype, &values)
+}
+
+/// `values`, rounded to `dtype`.
+pub fn of(device: &Device, shape: &[usize], dtype: Dtype, values: &[f32]) -> Tensor {
+    fn rounded<T: Element + Stored>(device: &Device, shape: &[usize], values: &[f32]) -> Tensor {
+        let values: Vec<T> = values.iter().map(|&x| T::from_f32(x)).collect();
+        Tensor::from_slice(device, Shape::new(shape), &values)
+    }
+    match dtype {
+        Dtype::F32 => rounded::<f32>(device, shape, values),
+        Dtype::Bf16 => rounded::<bf16>(device, shape, values),
+        Dtype::F16 => rounded::<f16>(device, shape, values),
+        Dtype::U32 => panic!("no floats"),
+    }
+}
+
+/// Whole numbers below `end`, the same for the same `name`.
+pub fn random_ids(device: &Device, name: &str, count: usize, end: u32) -> Tensor {
+    let stream = Stream::new(2, name);
+    let ids: Vec<u32> = (0..count).map(|i| (stream.word(i as u64) % end as u64) as u32).collect();
+    Tensor::from_slice(device, [count], &ids)
+}
+
+/// Numbers that are often got wrong.
+pub const AWKWARD: [f32; 12] =
+    [0.0, -0.0, 1.0, -1.0, f32::INFINITY, f32::NEG_INFINITY, f32::NAN, f32::MIN_POSITIVE, 1e-40, -3e-39, 65504.0, 3.0e38];
