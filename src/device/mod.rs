@@ -11,6 +11,7 @@ use crate::shape::Shape;
 use anyhow::{Result, bail};
 use cpu::Cpu;
 use gpu::Gpu;
+use gpu::driver::Driver;
 use gpu::emulated::Emulated;
 use mapped::OffloadFile;
 use memory::Memory;
@@ -47,7 +48,11 @@ impl Device {
 
     /// A GPU that runs on this machine's processor; see `gpu/emulated.rs`.
     pub fn emulated(seed: Option<u64>, checked: bool, threads: usize) -> Device {
-        Device::Gpu(Arc::new(Gpu::new(Box::new(Emulated::new(seed, checked, threads)))))
+        Device::gpu(Box::new(Emulated::new(seed, checked, threads)))
+    }
+
+    pub fn gpu(driver: Box<dyn Driver>) -> Device {
+        Device::Gpu(Arc::new(Gpu::new(driver)))
     }
 
     /// A device that only counts what the CPU would take.

@@ -4,11 +4,13 @@
 mod elementwise;
 
 use ferrotron::device::Device;
+use ferrotron::device::gpu::emulated::Emulated;
 use ferrotron::device::tensor::Tensor;
 use ferrotron::dtype::{Dtype, Element, Stored};
 use ferrotron::rng::Stream;
 use ferrotron::shape::Shape;
 use half::{bf16, f16};
+use std::path::PathBuf;
 
 pub const DTYPES: [Dtype; 3] = [Dtype::F32, Dtype::Bf16, Dtype::F16];
 
@@ -40,12 +42,20 @@ pub fn same(what: &str, close: Close, op: impl Fn(&Device) -> Vec<Tensor>) {
     }
 }
 
-/// Emulated GPUs, and how each orders its threads.
+/// Emulated GPUs, and how each orders its threads. FERROTRON_PTX names a folder of kernels to be tested instead of the program's own.
 pub fn gpus() -> Vec<(String, Device)> {
-    let mut all = vec![("in order".to_string(), Device::emulated(None, false, 1))];
-    all.extend((0..8).map(|seed| (format!("seed {seed}"), Device::emulated(Some(seed), false, 1))));
-    all.push(("checked".to_string(), Device::emulated(None, true, 1)));
-    all.push(("checked, seed 9".to_string(), Device::emulated(Some(9), true, 1)));
+    let folder = std::env::var_os("FERROTRON_PTX").map(PathBuf::from);
+    let gpu = |seed, checked| {
+        let emulated = Emulated::new(seed, checked, 1);
+        Device::gpu(Box::new(match &folder {
+            Some(folder) => emulated.with_ptx_of(folder),
+            None => emulated,
+        }))
+    };
+    let mut all = vec![("in order".to_string(), gpu(None, false))];
+    all.extend((0..8).map(|seed| (format!("seed {seed}"), gpu(Some(seed), false))));
+    all.push(("checked".to_string(), gpu(None, true)));
+    all.push(("checked, seed 9".to_string(), gpu(Some(9), true)));
     all
 }
 

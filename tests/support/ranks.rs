@@ -10,7 +10,7 @@ use ferrotron::checkpoint::save::{Options, Shard, Writer};
 use ferrotron::comm::connect::Transport;
 use ferrotron::comm::groups::Groups;
 use ferrotron::comm::threads::Threads;
-use ferrotron::config::Config;
+use ferrotron::config::{Config, DeviceKind};
 use ferrotron::device::Device;
 use ferrotron::plan::Plan;
 use ferrotron::train::resume;
@@ -92,7 +92,10 @@ pub fn run(config: &Config, world: usize, leg: &Leg<'_>) -> Trace {
 }
 
 fn one_rank(config: &Config, plan: Plan, transport: &Transport, rank: usize, leg: &Leg<'_>, checkpoint: Option<&Checkpoint>) -> Left {
-    let device = Device::cpu(1);
+    let device = match config.device.kind {
+        DeviceKind::Emulated => Device::emulated(None, false, 1),
+        _ => Device::cpu(1),
+    };
     let groups = Groups::connect(transport, &plan.mesh, rank).expect("groups of threads");
     let vocabulary = config.model.vocab_size;
     let mut trainer = Trainer::new(config, plan, rank, &device, groups).expect("a trainer");

@@ -18,6 +18,8 @@ use crate::rng;
 use anyhow::{Context, Result, ensure};
 use ptx_emulator::{Launch, Memory, Module, Options};
 use std::collections::{HashMap, HashSet, VecDeque};
+use std::fs;
+use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
 #[derive(Debug)]
@@ -25,6 +27,8 @@ pub struct Emulated {
     memory: Memory,
     options: Options,
     cpu: Cpu,
+    /// Where PTX is read from instead of what the program brings along.
+    ptx: Option<PathBuf>,
     state: Mutex<State>,
 }
 
@@ -60,7 +64,12 @@ impl Emulated {
     /// misused barriers are errors, too. `threads`: how many of this machine's threads run blocks and matrix products.
     pub fn new(seed: Option<u64>, checked: bool, threads: usize) -> Emulated {
         let options = Options { seed, checked, threads, ..Options::default() };
-        Emulated { memory: Memory::new(), options, cpu: Cpu::new(threads), state: Mutex::default() }
+        Emulated { memory: Memory::new(), options, cpu: Cpu::new(threads), ptx: None, state: Mutex::default() }
+    }
+
+    /// The same with the kernels of `folder`: files named like those of `cuda/ptx/`.
+    pub fn with_ptx_of(self, folder: &Path) -> Emulated {
+        Emulated { ptx: Some(folder.to_path_buf()), ..self }
     }
 
     fn queue(&self, stream: Stream, work: Work) -> Result<()> {
@@ -116,7 +125,10 @@ impl Emulated {
     fn kernel(&self, state: &mut State, kernel: &str, grid: Grid, arguments: &[Argument]) -> Result<()> {
         let source = kernels::find(kernel).with_context(|| format!("there is no kernel {kernel}"))?;
         if !state.modules.contains_key(source.name) {
-            let module = Module::parse(source.ptx(Architecture::Sm80)).with_context(|| format!("reading the PTX of {}.cu", source.name))?;
+            let own = self.ptx.as_ref().map(|folder| folder.join(format!("{}.sm_80.ptx", source.name)));
+            let own = own.map(|path| fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))).transpose()?;
+            let text = own.as_deref().unwrap_or(source.ptx(Architecture::Sm80));
+            let module = Module::parse(text).with_context(|| format!("reading the PTX of {}.cu", source.name))?;
             state.modules.insert(source.name, module);
         }
         let arguments: Vec<&[u8]> = arguments.iter().map(Argument::bytes).collect();
