@@ -51,12 +51,12 @@ class Compiler:
         ctypes.CDLL(str(builtins), mode=ctypes.RTLD_GLOBAL)
         self.library = ctypes.CDLL(str(folder / "libnvrtc.so.12"))
 
-    def ptx(self, name, architecture):
-        headers = sorted(SOURCES.glob("*.cuh"))
+    def ptx(self, name, architecture, sources=SOURCES):
+        headers = sorted(sources.glob("*.cuh"))
         texts = (ctypes.c_char_p * len(headers))(*[header.read_bytes() for header in headers])
         names = (ctypes.c_char_p * len(headers))(*[header.name.encode() for header in headers])
         program = ctypes.c_void_p()
-        source = (SOURCES / f"{name}.cu").read_bytes()
+        source = (sources / f"{name}.cu").read_bytes()
         self.must(self.library.nvrtcCreateProgram(
             ctypes.byref(program), source, f"cuda/{name}.cu".encode(), len(headers), texts, names))
         options = [option.encode() for option in [*OPTIONS, f"--gpu-architecture={architecture}"]]
