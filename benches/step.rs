@@ -11,12 +11,10 @@
 //! The share of the peak is of the latter, with the FLOPs that `mfu` counts, against the best burst of multiply-adds between the steps.
 //!
 //! Invariant: all steps of a line are on the same tokens, and the first of them are not counted.
-#![allow(unsafe_code)]
-
-mod machine;
 
 use anyhow::{Context, Result, anyhow};
 use clap::Parser;
+use ferrotron::bench::machine;
 use ferrotron::comm::connect::Transport;
 use ferrotron::comm::groups::Groups;
 use ferrotron::comm::threads::Threads;
@@ -242,7 +240,7 @@ fn one_rank(
         // Nobody else computes while the peak is taken, and all ranks do as many steps.
         trainer.groups.world.barrier()?;
         if rank == 0 {
-            peak = peak.max(machine::peak(threads, case.dtype));
+            peak = peak.max(machine::peak_flops(threads, case.dtype) / 1e9);
         }
         let over = step > options.warmup && begin.elapsed().as_secs_f64() > options.seconds;
         if trainer.groups.world.exchange(&[over as u8])?[0][0] != 0 {

@@ -4,13 +4,14 @@
 //!
 //! ```text
 //! train/                            one training run
-//! model/                            decoder families, forward and backward, for any layout
+//! model/  bench/                    decoder families, forward and backward, for any layout | how fast operations are
 //! parallel/                         tensor, pipeline and ZeRO-sharded data parallelism
 //! ops/  comm/  checkpoint/          operations | collectives | sharded files
 //! plan/ data/  device/              decisions, pure | tokens | where numbers live
 //! config shape dtype rng launch/    the ground
 //! ```
 
+pub mod bench;
 pub mod checkpoint;
 pub mod comm;
 pub mod config;

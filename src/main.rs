@@ -57,6 +57,8 @@ enum Command {
     Checkpoint(CheckpointCommand),
     /// Sample text from a checkpoint or a Hugging Face folder
     Generate(GenerateArguments),
+    /// Measure every operation on this machine's processor, as a share of what it could do
+    Bench(BenchArguments),
     /// Tell what this machine has: processor, memory, driver, libraries, fabric, limits
     Doctor,
     /// Print completions for a shell
@@ -100,6 +102,15 @@ struct GenerateArguments {
     top_k: usize,
     #[arg(long, default_value_t = 0)]
     seed: u64,
+}
+
+#[derive(Args)]
+struct BenchArguments {
+    /// Only operations whose line has all of these words, such as: matmul bf16
+    words: Vec<String>,
+    /// Threads; 0: all there are
+    #[arg(long, default_value_t = 0)]
+    threads: usize,
 }
 
 #[derive(Args)]
@@ -165,6 +176,7 @@ fn main() -> ExitCode {
         Command::Prepare(arguments) => prepare_text(&arguments),
         Command::Checkpoint(command) => checkpoint(&command),
         Command::Generate(arguments) => generate(&arguments),
+        Command::Bench(arguments) => bench(&arguments),
         Command::Doctor => print(&doctor::report(&identity::environment())),
         Command::Completions { shell } => {
             let mut script = Vec::new();
@@ -185,6 +197,13 @@ fn tell(error: &anyhow::Error) -> ExitCode {
     eprintln!("error: {error}");
     error.chain().skip(1).for_each(|cause| eprintln!("  because: {cause}"));
     ExitCode::from(FAILED)
+}
+
+fn bench(arguments: &BenchArguments) -> Result<ExitCode> {
+    let available = std::thread::available_parallelism().map_or(1, usize::from);
+    let threads = if arguments.threads > 0 { arguments.threads } else { available };
+    ferrotron::bench::run(threads, &[Dtype::Bf16, Dtype::F32], &arguments.words, &mut std::io::stdout())?;
+    Ok(ExitCode::SUCCESS)
 }
 
 fn train(arguments: &Configured) -> Result<ExitCode> {

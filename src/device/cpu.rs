@@ -5,6 +5,7 @@
 #[macro_use]
 mod levels;
 pub mod block;
+pub mod burst;
 pub mod columns;
 pub mod few;
 pub mod gemm;

@@ -3,6 +3,7 @@
 //! Invariant: the configuration and the plan are checked before anything is written. After that, what a run has committed is never
 //! lost: it ends with a checkpoint, or it goes on from one.
 
+use crate::bench::machine;
 use crate::checkpoint::load::Checkpoint;
 use crate::checkpoint::save::{Options, Writer};
 use crate::checkpoint::{commit, folder};
@@ -75,13 +76,14 @@ fn run_rank(config: &Config, identity: &Identity) -> Result<Ending, Failure> {
     let writer = open_run(config, identity, &plan, &team)?;
     let stop = StopRequest::listen()?;
     let groups = team.groups(&plan.mesh)?;
+    let peak = peak_flops(&device, identity, plan.dtype);
     let ending = device.install(|| {
         let mut trainer = Trainer::new(config, plan, identity.rank, &device, groups)?;
         let done = match &checkpoint {
             Some(checkpoint) => resume::load(&mut trainer, checkpoint)?,
             None => resume::start(&mut trainer, config).map(|()| 0)?,
         };
-        let reporter = Reporter::new(&config.run.dir, identity.rank, report_facts(config, &trainer.plan, writer.incarnation()))?;
+        let reporter = Reporter::new(&config.run.dir, identity.rank, report_facts(config, &trainer.plan, writer.incarnation(), peak))?;
         reporter.say(&headline(config, &trainer.plan, &device.name()));
         notes.iter().chain(&note).for_each(|note| reporter.say(note));
         let loader = team.first_rank_first(|| corpora::training(config, &trainer))?;
@@ -261,13 +263,26 @@ fn printable(text: &[u8]) -> String {
     String::from_utf8_lossy(text).chars().map(shown).collect()
 }
 
-fn report_facts(config: &Config, plan: &Plan, incarnation: u64) -> Facts {
+/// Operations a second that the processors of all ranks could do, as measured on this node now. Of a GPU it is not known.
+fn peak_flops(device: &Device, identity: &Identity, dtype: Dtype) -> Option<f64> {
+    let Device::Cpu(cpu) = device else { return None };
+    // Ranks of one node may be more than its processors.
+    let of_node = (cpu.threads() * identity.local_world).min(available_threads());
+    let most = (0..3).map(|_| machine::peak_flops(of_node, dtype)).fold(0.0, f64::max);
+    Some(most * identity.world as f64 / identity.local_world as f64)
+}
+
+fn available_threads() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from)
+}
+
+fn report_facts(config: &Config, plan: &Plan, incarnation: u64, peak_flops: Option<f64>) -> Facts {
     Facts {
         total_steps: config.train.steps,
         interval: config.log.interval,
         tokens_per_step: plan.tokens_per_step(),
         flops_per_token: Flops::of(plan).per_token as f64,
-        peak_flops: None,
+        peak_flops,
         incarnation,
     }
 }
@@ -299,8 +314,7 @@ fn check_data(config: &Config, team: &Team) -> Result<(), Failure> {
 }
 
 fn device(config: &Config, identity: &Identity) -> Result<Device, Failure> {
-    let available = std::thread::available_parallelism().map_or(1, usize::from);
-    let threads = if config.device.threads > 0 { config.device.threads } else { (available / identity.local_world).max(1) };
+    let threads = if config.device.threads > 0 { config.device.threads } else { (available_threads() / identity.local_world).max(1) };
     match config.device.kind {
         DeviceKind::Auto | DeviceKind::Cpu => Ok(Device::cpu(threads)),
         DeviceKind::Emulated => Ok(Device::emulated(None, false, threads)),

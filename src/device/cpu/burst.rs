@@ -1,42 +1,23 @@
-//! What the machine gives at this moment: processor time, and the rate of nothing but multiply-adds.
-//!
-//! Invariant: a burst runs in registers alone, so what else is in caches and memory does not slow it.
+//! Nothing but multiply-adds in registers: what the processor could do at most, whatever is in caches and memory.
+#![allow(unsafe_code)]
 
-use ferrotron::dtype::Dtype;
+use crate::device::cpu::Isa;
+use crate::dtype::Dtype;
 use std::hint::black_box;
 
-/// Seconds of processor time of all threads of this process.
-pub fn processor_seconds() -> f64 {
-    seconds(rustix::time::ClockId::ProcessCPUTime)
-}
-
-fn seconds(clock: rustix::time::ClockId) -> f64 {
-    let time = rustix::time::clock_gettime(clock);
-    time.tv_sec as f64 + time.tv_nsec as f64 * 1e-9
-}
-
-/// GFLOP/s of nothing but multiply-adds in registers, on all threads together.
-pub fn peak(threads: usize, dtype: Dtype) -> f64 {
-    const STEPS: u64 = 400_000;
-    let burst: unsafe fn(u64) -> f64 = match dtype {
+/// Does about `steps` times a dozen of the widest multiply-adds that matmuls of `dtype` have, and says how many operations that were.
+pub fn burst(isa: Isa, dtype: Dtype, steps: u64) -> f64 {
+    let burst: unsafe fn(u64) -> f64 = match (isa, dtype) {
         #[cfg(target_arch = "x86_64")]
-        Dtype::Bf16 if is_x86_feature_detected!("avx512bf16") => burst_bf16,
+        (Isa::Avx512Bf16, Dtype::Bf16) => burst_bf16,
         #[cfg(target_arch = "x86_64")]
-        _ if is_x86_feature_detected!("avx512f") => burst_avx512,
+        (Isa::Avx512Bf16 | Isa::Avx512, _) => burst_avx512,
         #[cfg(target_arch = "x86_64")]
-        _ if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") => burst_avx2,
+        (Isa::Avx2, _) => burst_avx2,
         _ => burst_portable,
     };
-    std::thread::scope(|scope| {
-        let one = || {
-            let start = seconds(rustix::time::ClockId::ThreadCPUTime);
-            // SAFETY: chosen by what the processor has.
-            let flops = unsafe { burst(STEPS) };
-            flops / (seconds(rustix::time::ClockId::ThreadCPUTime) - start) / 1e9
-        };
-        let all: Vec<_> = (0..threads).map(|_| scope.spawn(one)).collect();
-        all.into_iter().map(|thread| thread.join().expect("a burst cannot fail")).sum()
-    })
+    // SAFETY: an `Isa` is only given out where the processor has it.
+    unsafe { burst(steps) }
 }
 
 /// Twelve independent chains of one instruction, `$flops` each.
