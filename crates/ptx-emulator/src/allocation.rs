@@ -3,7 +3,8 @@
 //! Invariant: callers have checked offsets; an offset past the end is a bug of the emulator and panics. A store of less than a cell
 //! leaves the other bytes of the cell alone, also when another thread changes those at the same time and `crowded` says so.
 
-use std::sync::atomic::{AtomicU32, Ordering};
+use crate::ranges::Ranges;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Mutex, OnceLock, PoisonError};
 
 const PAGE_CELLS: usize = 1 << 14;
@@ -22,6 +23,10 @@ pub(crate) struct Allocation {
     cells: Cells,
     /// Held while several threads change values of eight bytes.
     wide: Mutex<()>,
+    /// The bytes that somebody has written.
+    initialised: Mutex<Ranges>,
+    /// All count as written: a launch that was not checked wrote here.
+    trusted: AtomicBool,
 }
 
 /// What a sparse allocation reads as before a write.
@@ -39,7 +44,42 @@ impl Allocation {
         } else {
             Cells::Dense(cells(count, !0))
         };
-        Allocation { base, bytes: bytes as u64, cells, wide: Mutex::default() }
+        Allocation {
+            base,
+            bytes: bytes as u64,
+            cells,
+            wide: Mutex::default(),
+            initialised: Mutex::default(),
+            trusted: AtomicBool::new(sparse),
+        }
+    }
+
+    #[inline(always)]
+    pub(crate) fn trust(&self) {
+        if !self.trusted.load(Ordering::Relaxed) {
+            self.trusted.store(true, Ordering::Relaxed);
+        }
+    }
+
+    pub(crate) fn initialise(&self, begin: u64, end: u64) {
+        self.initialised.lock().unwrap_or_else(PoisonError::into_inner).insert(begin, end);
+    }
+
+    /// The parts of a range that somebody has written.
+    pub(crate) fn initialised(&self, begin: u64, end: u64) -> Vec<(u64, u64)> {
+        if self.trusted.load(Ordering::Relaxed) {
+            return vec![(begin, end)];
+        }
+        self.initialised.lock().unwrap_or_else(PoisonError::into_inner).within(begin, end).collect()
+    }
+
+    /// Takes over what a range of another allocation knows of its bytes.
+    pub(crate) fn initialise_like(&self, offset: u64, bytes: u64, pieces: &[(u64, u64)]) {
+        let mut ranges = self.initialised.lock().unwrap_or_else(PoisonError::into_inner);
+        ranges.remove(offset, offset + bytes);
+        for (begin, end) in pieces {
+            ranges.insert(offset + begin, offset + end);
+        }
     }
 
     #[inline(always)]
@@ -130,6 +170,12 @@ impl Allocation {
     }
 
     pub(crate) fn write(&self, offset: u64, bytes: &[u8]) {
+        self.initialise(offset, offset + bytes.len() as u64);
+        self.write_bytes(offset, bytes);
+    }
+
+    /// The same by a kernel, whose launch keeps track of what is initialised.
+    pub(crate) fn write_bytes(&self, offset: u64, bytes: &[u8]) {
         let (head, rest) = bytes.split_at(bytes.len().min((4 - offset as usize % 4) % 4));
         for (i, byte) in head.iter().enumerate() {
             self.store_part(offset + i as u64, 1, u32::from(*byte), true);
@@ -162,9 +208,20 @@ impl Allocation {
         let buffer = [byte; 4096];
         let mut done = 0;
         while done < bytes {
-            let count = (bytes - done).min(buffer.len());
-            self.write(offset + done as u64, &buffer[..count]);
+            let begin = offset + done as u64;
+            let count = (bytes - done).min(buffer.len() - begin as usize % buffer.len());
+            // Pages that nobody has written are zero already.
+            if byte != 0 || self.has_page(begin) {
+                self.write(begin, &buffer[..count]);
+            }
             done += count;
+        }
+    }
+
+    fn has_page(&self, offset: u64) -> bool {
+        match &self.cells {
+            Cells::Dense(_) => true,
+            Cells::Sparse(pages) => pages[offset as usize / 4 / PAGE_CELLS].get().is_some(),
         }
     }
 }

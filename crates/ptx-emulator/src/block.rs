@@ -29,9 +29,15 @@ impl Machine<'_> {
                 if self.warps[warp].ready() {
                     ran = true;
                     self.run_warp(warp)?;
+                    if self.random.as_mut().is_some_and(|random| random.below(2) == 0) {
+                        self.land_one()?;
+                    }
                 }
             }
+            // Without a seed a bulk copy is carried out when nobody can go on without it.
+            ran = ran || self.land_one()?;
             if self.warps.iter().all(|warp| warp.groups.is_empty()) {
+                while self.land_one()? {}
                 return Ok(());
             }
             if !ran {
@@ -131,6 +137,7 @@ impl Machine<'_> {
         let Group { mut pc, mask, .. } = self.warps[warp].groups[group];
         let others = self.warps[warp].groups.iter().enumerate().filter(|(index, _)| *index != group);
         let meet = others.map(|(_, other)| other.pc).min().unwrap_or(u32::MAX);
+        let counting = self.watch.as_ref().is_some_and(|watch| !watch.counts.is_empty());
         while *fuel > 0 {
             *fuel -= 1;
             let instruction = &kernel.code[pc as usize];
@@ -141,6 +148,9 @@ impl Machine<'_> {
                 mask & if instruction.when { predicate } else { !predicate }
             };
             let at = At { warp, pc, mask: active };
+            if counting && active != 0 {
+                self.count(pc);
+            }
             match &instruction.operation {
                 Operation::Branch(target) if active == mask => pc = *target,
                 _ if active == 0 => pc += 1,
@@ -155,6 +165,7 @@ impl Machine<'_> {
                     Flow::Next => pc += 1,
                     Flow::Park => return self.park(at, group, mask, State::Parked),
                     Flow::Barrier(barrier) => return self.park(at, group, mask, State::Barrier(barrier)),
+                    Flow::Mbarrier(address) => return self.park(at, group, mask, State::Mbarrier(address)),
                     Flow::Look => {
                         pc += 1;
                         break;
@@ -167,6 +178,12 @@ impl Machine<'_> {
         }
         self.warps[warp].groups[group].pc = pc;
         Ok(())
+    }
+
+    fn count(&mut self, pc: u32) {
+        if let Some(watch) = &mut self.watch {
+            watch.counts[pc as usize].executed += 1;
+        }
     }
 
     /// One group becomes several.
@@ -206,7 +223,9 @@ impl Machine<'_> {
 
     fn exit(&mut self, at: At, group: usize) -> Result<(), Fault> {
         self.warps[at.warp].exit(group, at.mask);
-        self.finish_lanes(at)?;
+        self.finish_copies(at)?;
+        self.finish_stores(at)?;
+        self.finish_products(at)?;
         if self.warps[at.warp].alive == 0 {
             self.barriers_after_exit()?;
         }

@@ -65,7 +65,7 @@ pub(crate) enum Operation {
     Trap(&'static str),
     Barrier(Barrier),
     WarpBarrier,
-    Fence,
+    Fence(Fence),
     Shuffle(Box<Shuffle>),
     Vote(Vote),
     /// `match.any` or, where true, `match.all`; the second slot is the predicate.
@@ -80,6 +80,14 @@ pub(crate) enum Operation {
     CopyCommit,
     /// Until at most so many groups are on their way.
     CopyWait(u32),
+    Mbarrier(Box<Mbarrier>),
+    Bulk(Box<Bulk>),
+    BulkCommit,
+    BulkWait(u32),
+    GroupFence,
+    GroupCommit,
+    GroupWait(u32),
+    GroupMultiply(Box<GroupMultiply>),
 }
 
 /// A register cut into parts of so many bits, the lowest first.
@@ -302,6 +310,17 @@ pub(crate) struct Address {
     pub(crate) offset: i64,
 }
 
+/// How an access stands to accesses of other threads.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Order {
+    Weak,
+    /// Also `volatile`, and atomics that name no order.
+    Relaxed,
+    Acquire,
+    Release,
+    AcquireRelease,
+}
+
 #[derive(Clone, Debug)]
 pub(crate) struct Access {
     /// None: a generic address.
@@ -309,6 +328,7 @@ pub(crate) struct Access {
     pub(crate) address: Address,
     pub(crate) scalar: Scalar,
     pub(crate) elements: Vec<Element>,
+    pub(crate) order: Order,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -336,6 +356,7 @@ pub(crate) struct Atomic {
     pub(crate) values: Vec<u32>,
     /// For compare-exchange: the value to store.
     pub(crate) replacement: u32,
+    pub(crate) order: Order,
 }
 
 /// `bar`: number and thread count (or `NONE`) are words in `a` and `b`.
@@ -346,6 +367,14 @@ pub(crate) enum Barrier {
     CountOnes,
     And,
     Or,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Fence {
+    Block,
+    Device,
+    /// Between ordinary and asynchronous accesses.
+    Proxy,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -423,4 +452,77 @@ pub(crate) struct CopyAsync {
     pub(crate) source_bytes: u32,
     /// A predicate that, where true, leaves out the source.
     pub(crate) ignore: u32,
+}
+
+#[derive(Clone, Debug)]
+pub(crate) struct Mbarrier {
+    pub(crate) operator: MbarrierOperator,
+    pub(crate) address: Address,
+    /// Count, bytes, parity or state; a word, or a double for a state.
+    pub(crate) value: u32,
+    /// State or predicate, or `NONE`.
+    pub(crate) to: u32,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum MbarrierOperator {
+    Initialise,
+    Invalidate,
+    /// Arrives as often as the value says (or once).
+    Arrive,
+    ArriveExpect,
+    Expect,
+    /// `cp.async.mbarrier.arrive`: when the lane's copies so far are done; counted beforehand unless true.
+    ArriveAfterCopies(bool),
+    /// Blocks until the phase of this parity is over.
+    TryWait,
+    TestWait,
+    /// The same with a state in place of the parity.
+    TryWaitState,
+    TestWaitState,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum BulkDirection {
+    ToShared,
+    ToGlobal,
+    /// Adds, minimum or maximum into global memory.
+    Reduce(AtomicOperator),
+}
+
+/// `cp.async.bulk` and, with a map, `cp.async.bulk.tensor`.
+#[derive(Clone, Debug)]
+pub(crate) struct Bulk {
+    pub(crate) direction: BulkDirection,
+    pub(crate) shared: Address,
+    /// The tensor map, or the global address.
+    pub(crate) global: Address,
+    /// Empty: a plain copy of `bytes` bytes.
+    pub(crate) coordinates: Vec<u32>,
+    pub(crate) bytes: u32,
+    pub(crate) mbarrier: Option<Address>,
+    pub(crate) scalar: Scalar,
+}
+
+/// An operand of `wgmma`.
+#[derive(Clone, Debug)]
+pub(crate) enum GroupFactor {
+    Descriptor(u32),
+    Registers(Vec<u32>),
+}
+
+/// `wgmma.mma_async` m64n`columns`k`depth`.
+#[derive(Clone, Debug)]
+pub(crate) struct GroupMultiply {
+    pub(crate) columns: usize,
+    pub(crate) depth: usize,
+    pub(crate) factor: MatrixType,
+    pub(crate) wide_sum: bool,
+    pub(crate) d: Vec<u32>,
+    pub(crate) a: GroupFactor,
+    pub(crate) b: u32,
+    /// Where this predicate is false, the old sum counts as zero.
+    pub(crate) keep: u32,
+    pub(crate) negate: [bool; 2],
+    pub(crate) transposed: [bool; 2],
 }

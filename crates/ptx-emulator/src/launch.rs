@@ -9,6 +9,9 @@ use crate::kernel::Kernel;
 use crate::machine::{Machine, Setup};
 use crate::memory::Memory;
 use crate::random::Random;
+use crate::watch::Watch;
+use crate::watch::check::Check;
+use crate::watch::count::Count;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// What to run.
@@ -70,6 +73,7 @@ pub fn launch(memory: &Memory, launch: &Launch<'_>, options: &Options) -> Result
         shared_end: shared_end as u32,
         crowded: threads > 1,
         seed: options.seed,
+        trusting: !options.checked,
     };
     let mut blocks: Vec<u64> = match launch.blocks {
         Some(blocks) => blocks.to_vec(),
@@ -78,8 +82,18 @@ pub fn launch(memory: &Memory, launch: &Launch<'_>, options: &Options) -> Result
     if let Some(seed) = options.seed {
         Random::new(seed).shuffle(&mut blocks);
     }
-    run(&setup, &blocks, threads)?;
-    Ok(Counters::default())
+    if !options.checked && !options.counters {
+        run(&setup, &blocks, threads)?;
+        return Ok(Counters::default());
+    }
+    let mut machine = Machine::new(&setup);
+    machine.watch = Some(Box::new(Watch {
+        counts: if options.counters { vec![Count::default(); kernel.code.len()] } else { Vec::new() },
+        check: options.checked.then(|| Check::new(shared_end)),
+    }));
+    blocks.iter().try_for_each(|number| machine.run_block(*number))?;
+    machine.checking(|check, machine| check.end(machine));
+    Ok(machine.watch.map_or_else(Counters::default, |watch| Counters::of(kernel, &watch.counts)))
 }
 
 /// Executes the blocks in their order, or, by several threads, each as soon as a thread is free.

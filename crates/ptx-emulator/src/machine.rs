@@ -4,14 +4,17 @@
 
 use crate::address::SHARED_BEGIN;
 use crate::allocation::Allocation;
-use crate::copies::CopyQueue;
+use crate::copies::{BulkCopy, CopyQueue, Products};
+use crate::execute::mbarrier::MbarrierState;
 use crate::fault::{Fault, FaultKind, Place};
 use crate::kernel::{Kernel, Special};
 use crate::memory::Table;
 use crate::random::Random;
 use crate::registers::{LANES, Mask, Registers};
 use crate::warp::{Group, State, Warp};
+use crate::watch::Watch;
 use std::cell::Cell;
+use std::collections::VecDeque;
 use std::sync::Arc;
 
 /// What all blocks of a launch share.
@@ -28,6 +31,8 @@ pub(crate) struct Setup<'l> {
     /// Other threads execute blocks of this launch too.
     pub(crate) crowded: bool,
     pub(crate) seed: Option<u64>,
+    /// What this launch writes is taken for initialised as a whole, as nobody looks closer.
+    pub(crate) trusting: bool,
 }
 
 /// Global memory as one thread sees it: the table, and where it found something last.
@@ -93,6 +98,10 @@ pub(crate) struct Machine<'l> {
     pub(crate) barriers: Vec<BlockBarrier>,
     pub(crate) block: [u32; 3],
     pub(crate) random: Option<Random>,
+    pub(crate) watch: Option<Box<Watch>>,
+    pub(crate) mbarriers: Vec<MbarrierState>,
+    /// Bulk copies into shared memory that are under way.
+    pub(crate) bulk: VecDeque<BulkCopy>,
 }
 
 /// 16 by number, and one that stands for the barrier of a cluster of one block.
@@ -120,7 +129,16 @@ impl<'l> Machine<'l> {
                 registers.doubles[*slot as usize] = [setup.image.wrapping_add(*offset); LANES];
             }
             let local = vec![0xFF; kernel.local_bytes * LANES];
-            Warp { registers, groups: Vec::new(), alive: 0, local, copies: CopyQueue::default(), steps: 0 }
+            Warp {
+                registers,
+                groups: Vec::new(),
+                alive: 0,
+                local,
+                copies: CopyQueue::default(),
+                stores: CopyQueue::default(),
+                products: Products::default(),
+                steps: 0,
+            }
         });
         Machine {
             setup,
@@ -131,6 +149,9 @@ impl<'l> Machine<'l> {
             barriers: vec![BlockBarrier::default(); BARRIERS],
             block: [0; 3],
             random: None,
+            watch: None,
+            mbarriers: Vec::new(),
+            bulk: VecDeque::new(),
         }
     }
 
@@ -140,7 +161,10 @@ impl<'l> Machine<'l> {
         self.block = [(number % x) as u32, (number / x % y) as u32, (number / x / y) as u32];
         self.shared.fill(0xFF);
         self.barriers.fill(BlockBarrier::default());
+        self.mbarriers.clear();
+        self.bulk.clear();
         self.random = self.setup.seed.map(|seed| Random::new(seed ^ number.wrapping_mul(0xD1B5_4A32_D192_ED03)));
+        self.checking(|check, machine| check.begin(number, machine.warps.len()));
         let threads = self.setup.block.iter().product::<u32>() as usize;
         for index in 0..self.warps.len() {
             let lanes = (threads - index * LANES).min(LANES);
@@ -155,6 +179,8 @@ impl<'l> Machine<'l> {
             warp.groups.push(Group { pc: 0, mask: alive, state: State::Ready });
             warp.local.fill(0xFF);
             warp.copies = CopyQueue::default();
+            warp.stores = CopyQueue::default();
+            warp.products = Products::default();
             warp.steps = 0;
         }
     }

@@ -171,11 +171,19 @@ impl Memory {
         self.with("reads", address, bytes.len(), |allocation, offset| allocation.read(offset, bytes))
     }
 
-    /// The ranges may overlap.
+    /// The ranges may overlap. Bytes that nobody has written stay what they are: a checked launch still knows them.
     pub fn copy(&self, to: u64, from: u64, bytes: usize) -> Result<(), Fault> {
+        let _quiet = self.quiet();
         let mut buffer = vec![0; bytes];
-        self.read(from, &mut buffer)?;
-        self.write(to, &buffer)
+        let pieces: Vec<(u64, u64)> = self.with("reads", from, bytes, |allocation, offset| {
+            allocation.read(offset, &mut buffer);
+            let pieces = allocation.initialised(offset, offset + bytes as u64);
+            pieces.into_iter().map(|(begin, end)| (begin - offset, end - offset)).collect()
+        })?;
+        self.with("writes", to, bytes, |allocation, offset| {
+            allocation.write(offset, &buffer);
+            allocation.initialise_like(offset, bytes as u64, &pieces);
+        })
     }
 
     pub fn fill(&self, address: u64, byte: u8, bytes: usize) -> Result<(), Fault> {

@@ -21,7 +21,7 @@ impl Module {
     pub fn parse(text: &str) -> Result<Module, LoadError> {
         let program = parse(text)?;
         let (image, image_offsets) = image(&program)?;
-        let files = program.files.iter().map(|(number, name)| (*number, (*name).to_owned())).collect();
+        let files = program.files.iter().map(|(number, name)| (*number, name.rsplit('/').next().unwrap_or(name).to_owned())).collect();
         let shared = decode::Shared { program: &program, image: Arc::new(image), image_offsets, files: Arc::new(files) };
         let kernels = program.entries.iter().map(|entry| decode::kernel(&shared, entry)).collect::<Result<_, _>>()?;
         Ok(Module { kernels })

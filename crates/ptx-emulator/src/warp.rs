@@ -2,7 +2,7 @@
 //!
 //! Invariant: the masks of the groups are disjoint and together are the lanes that have not exited.
 
-use crate::copies::CopyQueue;
+use crate::copies::{BulkCopy, Copy, CopyQueue, Products};
 use crate::registers::{Mask, Registers};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -12,6 +12,8 @@ pub(crate) enum State {
     Parked,
     /// At a barrier of the block.
     Barrier(u32),
+    /// At a wait for the mbarrier at this address.
+    Mbarrier(u32),
 }
 
 /// Lanes that execute together.
@@ -30,7 +32,10 @@ pub(crate) struct Warp {
     pub(crate) alive: Mask,
     /// Local memory of all lanes, one after the other.
     pub(crate) local: Vec<u8>,
-    pub(crate) copies: CopyQueue,
+    pub(crate) copies: CopyQueue<Copy>,
+    /// Bulk copies to global memory.
+    pub(crate) stores: CopyQueue<BulkCopy>,
+    pub(crate) products: Products,
     pub(crate) steps: u64,
 }
 

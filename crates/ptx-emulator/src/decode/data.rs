@@ -6,11 +6,10 @@ use super::Decoder;
 use super::opcode::Opcode;
 use crate::address::{LOCAL_WINDOW, PARAMETER_WINDOW, SHARED_WINDOW};
 use crate::fault::LoadError;
-use crate::instruction::{Access, Address, Atomic, AtomicOperator, Integer, Kind, NONE, Operation, Parts, Slots};
+use crate::instruction::{Access, Address, Atomic, AtomicOperator, Integer, Kind, NONE, Operation, Order, Parts, Slots};
 use crate::scalar::Scalar;
 use crate::syntax::{Operand, Space};
 
-const ORDERS: &[&str] = &["weak", "relaxed", "acquire", "release", "acq_rel", "volatile", "mmio", "cta", "cluster", "gpu", "sys"];
 /// Qualifiers about caches, which change no value.
 const CACHES: &[&str] = &["ca", "cg", "cs", "lu", "cv", "wb", "wt", "nc", "unified"];
 
@@ -148,7 +147,7 @@ impl<'a> Decoder<'a> {
     fn load_or_store(&mut self, o: &Opcode<'a>, load: bool) -> Result<(), LoadError> {
         let Some(&scalar) = o.scalars().first() else { return self.error("no type is named") };
         let mut space = space_of(o);
-        o.ignore(ORDERS);
+        let order = order(o).unwrap_or(Order::Weak);
         o.ignore(CACHES);
         o.ignore_beginning(&["L1::", "L2::", "level::"]);
         let count = o.pick(&[("v2", 2), ("v4", 4), ("v8", 8)]).unwrap_or(1);
@@ -168,7 +167,7 @@ impl<'a> Decoder<'a> {
         if elements.len() != count {
             return self.error(format!("{} registers for {count} elements", elements.len()));
         }
-        let access = Box::new(Access { space, address: place, scalar, elements });
+        let access = Box::new(Access { space, address: place, scalar, elements, order });
         self.emit(if load { Operation::Load(access) } else { Operation::Store(access) }, Slots::NONE);
         Ok(())
     }
@@ -176,7 +175,7 @@ impl<'a> Decoder<'a> {
     fn atomic(&mut self, o: &Opcode<'a>) -> Result<(), LoadError> {
         let Some(&scalar) = o.scalars().first() else { return self.error("no type is named") };
         let space = space_of(o);
-        o.ignore(ORDERS);
+        let order = order(o).unwrap_or(Order::Relaxed);
         o.ignore_beginning(&["level::", "L2::"]);
         o.ignore(&["noftz"]);
         o.ignore(&["v2", "v4", "v8"]); // counted by their registers
@@ -210,7 +209,7 @@ impl<'a> Decoder<'a> {
             }
         }
         let replacement = if operator == AtomicOperator::CompareExchange { self.source(first + 2, scalar)? } else { NONE };
-        let atomic = Atomic { space, address, scalar, operator, results, values, replacement };
+        let atomic = Atomic { space, address, scalar, operator, results, values, replacement, order };
         self.emit(Operation::Atomic(Box::new(atomic)), Slots::NONE);
         Ok(())
     }
@@ -223,6 +222,19 @@ impl<'a> Decoder<'a> {
     pub(super) fn shared_address(&mut self, index: usize) -> Result<Address, LoadError> {
         self.address(self.operand(index)?)
     }
+}
+
+/// The order an opcode names, and its scope, which is taken for the whole device.
+fn order(o: &Opcode<'_>) -> Option<Order> {
+    o.ignore(&["weak", "cta", "cluster", "gpu", "sys"]);
+    o.pick(&[
+        ("relaxed", Order::Relaxed),
+        ("volatile", Order::Relaxed),
+        ("mmio", Order::Relaxed),
+        ("acquire", Order::Acquire),
+        ("release", Order::Release),
+        ("acq_rel", Order::AcquireRelease),
+    ])
 }
 
 pub(super) fn space_of(o: &Opcode<'_>) -> Option<Space> {

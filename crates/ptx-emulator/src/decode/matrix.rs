@@ -1,4 +1,4 @@
-//! Matrix instructions of a warp.
+//! Matrix instructions of a warp and of a group of four warps.
 //!
 //! Invariant: the number of registers of every fragment is the one its shape has.
 
@@ -9,7 +9,7 @@ use crate::instruction::{MatrixMove, MatrixType, Multiply, Operation, Slots};
 use crate::scalar::Scalar;
 use crate::syntax::Operand;
 
-fn matrix_type(scalar: Scalar) -> Option<MatrixType> {
+pub(super) fn matrix_type(scalar: Scalar) -> Option<MatrixType> {
     Some(match scalar {
         Scalar::F16 => MatrixType::F16,
         Scalar::Bf16 => MatrixType::Bf16,
@@ -23,6 +23,19 @@ impl<'a> Decoder<'a> {
         match o.name() {
             "mma" => self.multiply(o)?,
             "ldmatrix" | "stmatrix" => self.matrix_move(o)?,
+            "wgmma" => {
+                o.ignore(&["sync", "aligned"]);
+                if o.take("fence") {
+                    self.emit(Operation::GroupFence, Slots::NONE);
+                } else if o.take("commit_group") {
+                    self.emit(Operation::GroupCommit, Slots::NONE);
+                } else if o.take("wait_group") {
+                    let groups = self.immediate(0)?;
+                    self.emit(Operation::GroupWait(groups as u32), Slots::NONE);
+                } else {
+                    self.group_multiply(o)?;
+                }
+            }
             _ => return Ok(false),
         }
         Ok(true)

@@ -7,6 +7,7 @@ mod asynchronous;
 mod body;
 mod data;
 mod float;
+mod group;
 mod matrix;
 mod opcode;
 mod operands;

@@ -68,6 +68,19 @@ impl<'a> Opcode<'a> {
             .collect()
     }
 
+    /// The qualifier with this beginning, without it.
+    pub(super) fn after(&self, beginning: &str) -> Option<&'a str> {
+        let (index, part) = self.parts.iter().enumerate().skip(1).find(|(_, part)| part.starts_with(beginning))?;
+        self.mark(index);
+        Some(&part[beginning.len()..])
+    }
+
+    /// Whether the first qualifier that begins like this comes before the first that begins like that.
+    pub(super) fn before(&self, this: &str, that: &str) -> bool {
+        let position = |beginning: &str| self.parts.iter().position(|part| part.starts_with(beginning));
+        position(this).unwrap_or(usize::MAX) < position(that).unwrap_or(usize::MAX)
+    }
+
     /// The first qualifier that nobody asked for.
     pub(super) fn unused(&self) -> Option<&'a str> {
         self.parts.iter().enumerate().find(|(index, _)| self.used.get() >> index & 1 == 0).map(|(_, part)| *part)

@@ -5,7 +5,7 @@
 use super::Decoder;
 use super::opcode::Opcode;
 use crate::fault::LoadError;
-use crate::instruction::{Barrier, NONE, Operation, Reduce, Shuffle, ShuffleMode, Slots, Vote};
+use crate::instruction::{Barrier, Fence, NONE, Operation, Reduce, Shuffle, ShuffleMode, Slots, Vote};
 use crate::scalar::Scalar;
 use crate::syntax::Operand;
 
@@ -105,10 +105,19 @@ impl<'a> Decoder<'a> {
 
     fn fence(&mut self, o: &Opcode<'a>) {
         o.ignore(&["sc", "acq_rel", "acquire", "release", "sync_restrict::shared::cta", "sync_restrict::shared::cluster", "cluster"]);
-        o.ignore(&["proxy", "mbarrier_init", "async", "async::generic", "alias", "global", "shared::cta", "shared::cluster"]);
-        o.ignore(&["async::global", "async::shared", "cta", "gl", "gpu", "sys"]);
+        let proxy = o.take("proxy") | o.take("mbarrier_init");
+        o.ignore(&["async", "async::generic", "alias", "global", "shared::cta", "shared::cluster", "async::global", "async::shared"]);
         o.ignore_beginning(&["tensormap"]);
-        self.emit(Operation::Fence, Slots::NONE);
+        let block = o.take("cta");
+        o.ignore(&["gl", "gpu", "sys"]);
+        let fence = if proxy {
+            Fence::Proxy
+        } else if block {
+            Fence::Block
+        } else {
+            Fence::Device
+        };
+        self.emit(Operation::Fence(fence), Slots::NONE);
     }
 
     fn shuffle(&mut self, o: &Opcode<'a>) -> Result<(), LoadError> {

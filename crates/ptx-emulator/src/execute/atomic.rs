@@ -10,6 +10,7 @@ use crate::registers::{Registers, each, first};
 use crate::rounding::{canonical, from_half, half, sum_to_odd};
 use crate::scalar::Scalar;
 use crate::syntax::Space;
+use crate::watch::{Touch, touch};
 
 pub(super) fn execute(machine: &mut Machine<'_>, at: At, atomic: &Atomic) -> Result<(), Fault> {
     let bytes = atomic.scalar.bytes();
@@ -47,6 +48,9 @@ pub(super) fn execute(machine: &mut Machine<'_>, at: At, atomic: &Atomic) -> Res
                 }
             }
         }
+        let bytes = bytes * atomic.values.len();
+        let touched = Touch { space: place.space, doing: Doing::Changing, mask: place.mask, at: &place.at, bytes, order: atomic.order };
+        touch(machine, at, touched)?;
     }
     Ok(())
 }
@@ -74,7 +78,12 @@ pub(super) fn change_global(
         return Err(misaligned_global(machine, at, lane, address, bytes, Doing::Changing));
     }
     match machine.global.find(address, bytes as u64) {
-        Some((allocation, offset)) => Ok(allocation.update(offset, bytes, machine.setup.crowded, f)),
+        Some((allocation, offset)) => {
+            if machine.setup.trusting {
+                allocation.trust();
+            }
+            Ok(allocation.update(offset, bytes, machine.setup.crowded, f))
+        }
         None => Err(lost(machine, at, lane, address, bytes, Doing::Changing)),
     }
 }

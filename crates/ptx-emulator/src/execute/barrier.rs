@@ -40,6 +40,7 @@ pub(super) fn whole_warp(machine: &Machine<'_>, at: At) -> Result<bool, Fault> {
 /// `bar.warp.sync`: lanes may meet from different places.
 pub(super) fn warp(machine: &mut Machine<'_>, at: At, slots: &Slots) -> Result<Flow, Fault> {
     if gathered(machine, at, slots.a)? {
+        machine.checking(|check, _| check.clocks.meet(at.warp));
         return Ok(Flow::Next);
     }
     let code = &machine.kernel.code;
@@ -54,6 +55,7 @@ pub(super) fn warp(machine: &mut Machine<'_>, at: At, slots: &Slots) -> Result<F
         group.state = State::Ready;
         group.pc += 1;
     }
+    machine.checking(|check, _| check.clocks.meet(at.warp));
     Ok(Flow::Look)
 }
 
@@ -81,6 +83,11 @@ pub(super) fn block(machine: &mut Machine<'_>, at: At, barrier: Barrier, slots: 
     }
     state.expected = expected;
     state.arrived += 1;
+    if expected == 0 && machine.checked() {
+        none_exited(machine, at)?;
+    }
+    machine.checking(|check, _| check.arrive(at.warp, number as usize));
+    let state = &mut machine.barriers[number as usize];
     if slots.c != NONE {
         let predicate = machine.warps[at.warp].registers.predicates[slots.c as usize] & at.mask;
         state.ones += predicate.count_ones();
@@ -104,6 +111,17 @@ pub(super) fn block(machine: &mut Machine<'_>, at: At, barrier: Barrier, slots: 
     })
 }
 
+/// A barrier of all threads of the block that some have left: the hardware counts those that are there, older hardware hangs.
+fn none_exited(machine: &Machine<'_>, at: At) -> Result<(), Fault> {
+    let threads: u32 = machine.setup.block.iter().product();
+    let alive: u32 = machine.warps.iter().map(|warp| warp.alive.count_ones()).sum();
+    if alive < threads {
+        let message = format!("is a barrier of all {threads} threads of the block, of which {} have exited", threads - alive);
+        return Err(machine.fault(at, first(at.mask), FaultKind::Divergence, message));
+    }
+    Ok(())
+}
+
 impl Machine<'_> {
     /// Lets the warps at a barrier go on if all it expects have arrived.
     pub(crate) fn open_if_complete(&mut self, number: usize) -> Result<bool, Fault> {
@@ -114,6 +132,8 @@ impl Machine<'_> {
             return Ok(false);
         }
         let done = std::mem::take(&mut self.barriers[number]);
+        let warps: Vec<usize> = done.waiting.iter().map(|waiting| waiting.warp).collect();
+        self.checking(|check, _| check.open(number, &warps));
         for waiting in &done.waiting {
             self.answer(*waiting, done.ones, done.votes);
             let warp = &mut self.warps[waiting.warp];

@@ -1,19 +1,22 @@
 //! `cp.async`: copies from global to shared memory that are done when they are waited for.
 //!
 //! Invariant: without a seed a copy is carried out as late as the rules allow: at the wait that covers it, or when its lane exits.
-//! With a seed it may be carried out at once.
+//! With a seed it may be carried out at once, unless the launch is checked: then every early look at its bytes shall be seen.
 
 use super::Flow;
 use super::memory::{Doing, addresses, lost, misaligned_global, shared_index};
 use crate::copies::Copy;
 use crate::fault::{Fault, FaultKind};
-use crate::instruction::{CopyAsync, NONE};
+use crate::instruction::{CopyAsync, NONE, Order};
 use crate::machine::{At, Machine};
-use crate::registers::each;
+use crate::registers::{LANES, each};
+use crate::syntax::Space;
+use crate::watch::{Touch, touch};
 
 pub(super) fn begin(machine: &mut Machine<'_>, at: At, copy: &CopyAsync) -> Result<Flow, Fault> {
     let registers = &machine.warps[at.warp].registers;
     let (to, from) = (addresses(registers, &copy.to), addresses(registers, &copy.from));
+    let (mut partial, mut sizes) = (0, [0; LANES]);
     for lane in each(at.mask) {
         let warp = &machine.warps[at.warp];
         let ignored = copy.ignore != NONE && warp.registers.predicates[copy.ignore as usize] >> lane & 1 != 0;
@@ -38,12 +41,23 @@ pub(super) fn begin(machine: &mut Machine<'_>, at: At, copy: &CopyAsync) -> Resu
             }
         }
         let copy = Copy { lane, group, to: to[lane] as u32, from: from[lane], bytes: copy.bytes, source_bytes, pc: at.pc };
-        if machine.random.as_mut().is_some_and(|random| random.below(2) == 0) {
+        partial |= u32::from(source_bytes < copy.bytes) << lane;
+        sizes[lane] = source_bytes as usize;
+        if !machine.checked() && machine.random.as_mut().is_some_and(|random| random.below(2) == 0) {
             carry_out(machine, at, &copy)?;
         } else {
             machine.warps[at.warp].copies.waiting.push(copy);
         }
     }
+    let bytes = copy.bytes as usize;
+    let write = Touch { space: Space::Shared, doing: Doing::Writing, mask: at.mask, at: &to, bytes, order: Order::Weak };
+    touch(machine, at, write)?;
+    let read = Touch { space: Space::Global, doing: Doing::Reading, mask: at.mask & !partial, at: &from, ..write };
+    touch(machine, at, read)?;
+    for lane in each(partial).filter(|lane| sizes[*lane] > 0) {
+        touch(machine, at, Touch { mask: 1 << lane, bytes: sizes[lane], ..read })?;
+    }
+    machine.checking(|check, machine| check.in_flight(machine, at.mask, &to, bytes as u64));
     Ok(Flow::Next)
 }
 
@@ -54,7 +68,7 @@ pub(super) fn wait(machine: &mut Machine<'_>, at: At, groups: u32) -> Result<Flo
     Ok(Flow::Next)
 }
 
-fn carry_out(machine: &mut Machine<'_>, at: At, copy: &Copy) -> Result<(), Fault> {
+pub(super) fn carry_out(machine: &mut Machine<'_>, at: At, copy: &Copy) -> Result<(), Fault> {
     let (to, count) = (copy.to as usize, copy.source_bytes as usize);
     if count > 0 {
         let Some((allocation, offset)) = machine.global.find(copy.from, u64::from(copy.source_bytes)) else {
@@ -63,12 +77,13 @@ fn carry_out(machine: &mut Machine<'_>, at: At, copy: &Copy) -> Result<(), Fault
         allocation.read(offset, &mut machine.shared[to..to + count]);
     }
     machine.shared[to + count..to + copy.bytes as usize].fill(0);
+    machine.checking(|check, _| check.landed(at.warp, copy));
     Ok(())
 }
 
 impl Machine<'_> {
     /// Carries out what exiting lanes left under way.
-    pub(crate) fn finish_lanes(&mut self, at: At) -> Result<(), Fault> {
+    pub(crate) fn finish_copies(&mut self, at: At) -> Result<(), Fault> {
         self.warps[at.warp].copies.commit(at.mask);
         for copy in self.warps[at.warp].copies.due(at.mask, 0) {
             carry_out(self, at, &copy)?;

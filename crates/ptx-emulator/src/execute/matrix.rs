@@ -8,10 +8,12 @@ use super::Flow;
 use super::barrier::whole_warp;
 use super::memory::{Doing, addresses, shared_index};
 use crate::fault::Fault;
-use crate::instruction::{HalfFormat, MatrixMove, MatrixType, Multiply, Rounding};
+use crate::instruction::{HalfFormat, MatrixMove, MatrixType, Multiply, Order, Rounding};
 use crate::machine::{At, Machine};
 use crate::registers::{LANES, Registers};
 use crate::rounding::{from_f16, half};
+use crate::syntax::Space;
+use crate::watch::{Touch, touch};
 
 /// The low and, for 16 bits, the high element of a register of a fragment.
 #[inline(always)]
@@ -113,9 +115,15 @@ fn write_sums(registers: &mut Registers, multiply: &Multiply, sums: &[[f32; 8]; 
 }
 
 /// The shared index of each row: lane 8m + r has the address of row r of matrix m.
-fn rows(machine: &Machine<'_>, at: At, matrix: &MatrixMove, doing: Doing) -> Result<Vec<usize>, Fault> {
+fn rows(machine: &mut Machine<'_>, at: At, matrix: &MatrixMove, doing: Doing) -> Result<Vec<usize>, Fault> {
     let addresses = addresses(&machine.warps[at.warp].registers, &matrix.address);
-    (0..8 * matrix.registers.len()).map(|lane| shared_index(machine, at, lane, addresses[lane], 16, doing)).collect()
+    let count = matrix.registers.len();
+    let rows = (0..8 * count).map(|lane| shared_index(machine, at, lane, addresses[lane], 16, doing)).collect::<Result<_, _>>()?;
+    for m in 0..count {
+        let touched = Touch { space: Space::Shared, doing, mask: 0xFF << (8 * m), at: &addresses, bytes: 16, order: Order::Weak };
+        touch(machine, at, touched)?;
+    }
+    Ok(rows)
 }
 
 /// Where a lane's pair of elements of a matrix lies: two (row, column), side by side or, transposed, one above the other.

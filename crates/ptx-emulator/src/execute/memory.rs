@@ -10,6 +10,7 @@ use crate::machine::{At, Machine};
 use crate::registers::{LANES, Mask, Registers, each, first};
 use crate::scalar::Scalar;
 use crate::syntax::Space;
+use crate::watch::{Touch, touch};
 
 /// What an access does, for messages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -70,6 +71,11 @@ pub(super) fn place(registers: &Registers, space: Option<Space>, address: &Addre
         return Place { space: chosen, mask: same, at };
     };
     Place { space: if space == Space::Constant { Space::Global } else { space }, mask, at }
+}
+
+fn touched<'a>(access: &Access, place: &'a Place, doing: Doing) -> Touch<'a> {
+    let bytes = access.scalar.bytes() * access.elements.len();
+    Touch { space: place.space, doing, mask: place.mask, at: &place.at, bytes, order: access.order }
 }
 
 /// A shared address as an index, if so many bytes lie there aligned and inside the block's memory.
@@ -180,7 +186,7 @@ fn load_global(machine: &mut Machine<'_>, at: At, access: &Access, place: &Place
             put(registers, element, scalar, lane, allocation.load(offset + (i * bytes) as u64, bytes));
         }
     }
-    Ok(())
+    touch(machine, at, touched(access, place, Doing::Reading))
 }
 
 fn load_shared(machine: &mut Machine<'_>, at: At, access: &Access, place: &Place) -> Result<(), Fault> {
@@ -193,7 +199,7 @@ fn load_shared(machine: &mut Machine<'_>, at: At, access: &Access, place: &Place
             put(registers, element, scalar, lane, read_bytes(&machine.shared, index + i * bytes, bytes));
         }
     }
-    Ok(())
+    touch(machine, at, touched(access, place, Doing::Reading))
 }
 
 /// The index of a lane's local address in the local memory of its warp.
@@ -262,7 +268,7 @@ pub(super) fn store(machine: &mut Machine<'_>, at: At, access: &Access) -> Resul
 fn store_global(machine: &mut Machine<'_>, at: At, access: &Access, place: &Place) -> Result<(), Fault> {
     let bytes = access.scalar.bytes();
     let total = bytes * access.elements.len();
-    let crowded = machine.setup.crowded;
+    let (crowded, trusting) = (machine.setup.crowded, machine.setup.trusting);
     for lane in each(place.mask) {
         let address = place.at[lane];
         if address & (total as u64 - 1) != 0 {
@@ -275,8 +281,11 @@ fn store_global(machine: &mut Machine<'_>, at: At, access: &Access, place: &Plac
         for (i, element) in access.elements.iter().enumerate() {
             allocation.store(offset + (i * bytes) as u64, bytes, get(registers, element, lane), crowded);
         }
+        if trusting {
+            allocation.trust();
+        }
     }
-    Ok(())
+    touch(machine, at, touched(access, place, Doing::Writing))
 }
 
 fn store_shared(machine: &mut Machine<'_>, at: At, access: &Access, place: &Place) -> Result<(), Fault> {
@@ -288,7 +297,7 @@ fn store_shared(machine: &mut Machine<'_>, at: At, access: &Access, place: &Plac
             write_bytes(&mut machine.shared, index + i * bytes, bytes, get(registers, element, lane));
         }
     }
-    Ok(())
+    touch(machine, at, touched(access, place, Doing::Writing))
 }
 
 fn store_local(machine: &mut Machine<'_>, at: At, access: &Access, place: &Place) -> Result<(), Fault> {

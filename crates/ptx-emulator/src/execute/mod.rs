@@ -4,14 +4,17 @@
 
 mod atomic;
 pub(crate) mod barrier;
+pub(crate) mod bulk;
 mod compare;
 mod convert;
 mod copy;
 mod float;
+mod group;
 mod half;
 mod integer;
 mod matrix;
-mod memory;
+pub(crate) mod mbarrier;
+pub(crate) mod memory;
 mod moves;
 mod shuffle;
 
@@ -30,6 +33,8 @@ pub(crate) enum Flow {
     Park,
     /// Waits here for the barrier of this number.
     Barrier(u32),
+    /// Waits here for the mbarrier at this address.
+    Mbarrier(u32),
 }
 
 pub(crate) fn step(machine: &mut Machine<'_>, at: At, instruction: &Instruction) -> Result<Flow, Fault> {
@@ -84,7 +89,13 @@ pub(crate) fn step(machine: &mut Machine<'_>, at: At, instruction: &Instruction)
 fn together(machine: &mut Machine<'_>, at: At, instruction: &Instruction) -> Result<Flow, Fault> {
     let slots = &instruction.slots;
     match &instruction.operation {
-        Operation::Fence => Ok(Flow::Next),
+        Operation::Fence(fence) => {
+            if *fence == crate::instruction::Fence::Proxy {
+                machine.mbarriers.iter_mut().for_each(|mbarrier| mbarrier.fenced = true);
+            }
+            machine.checking(|check, _| check.fence(at.warp, *fence));
+            Ok(Flow::Next)
+        }
         Operation::Barrier(barrier) => barrier::block(machine, at, *barrier, slots),
         Operation::WarpBarrier => barrier::warp(machine, at, slots),
         Operation::Shuffle(shuffle) => shuffle::shuffle(machine, at, shuffle, slots),
@@ -101,6 +112,16 @@ fn together(machine: &mut Machine<'_>, at: At, instruction: &Instruction) -> Res
             Ok(Flow::Next)
         }
         Operation::CopyWait(groups) => copy::wait(machine, at, *groups),
+        Operation::Mbarrier(mbarrier) => mbarrier::execute(machine, at, mbarrier),
+        Operation::Bulk(bulk) => bulk::begin(machine, at, bulk),
+        Operation::BulkCommit => {
+            machine.warps[at.warp].stores.commit(at.mask);
+            Ok(Flow::Next)
+        }
+        Operation::BulkWait(groups) => bulk::wait(machine, at, *groups),
+        Operation::GroupFence | Operation::GroupCommit | Operation::GroupWait(_) | Operation::GroupMultiply(_) => {
+            group::execute(machine, at, &instruction.operation)
+        }
         other => unreachable!("`step` executes {other:?}"),
     }
 }

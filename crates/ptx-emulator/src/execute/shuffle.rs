@@ -4,7 +4,7 @@
 
 use super::Flow;
 use super::barrier::gathered;
-use crate::fault::Fault;
+use crate::fault::{Fault, FaultKind};
 use crate::instruction::{NONE, Reduce, Shuffle, ShuffleMode, Slots, Vote};
 use crate::machine::{At, Machine};
 use crate::registers::{LANES, Lane, each, first};
@@ -15,18 +15,24 @@ pub(super) fn shuffle(machine: &mut Machine<'_>, at: At, shuffle: &Shuffle, slot
     }
     let registers = &mut machine.warps[at.warp].registers;
     let (values, others, clamps) = (u32::read(registers, slots.a), u32::read(registers, slots.b), u32::read(registers, slots.c));
-    let (mut results, mut in_range) = ([!0; LANES], 0);
+    let (mut results, mut in_range, mut absent) = ([!0; LANES], 0, None);
     for lane in each(at.mask) {
         let (source, inside) = source(shuffle.mode, lane, others[lane], clamps[lane]);
         in_range |= u32::from(inside) << lane;
         // A lane that takes no part gives nothing one may rely on: all ones here.
         if at.mask >> source & 1 != 0 {
             results[lane] = values[source];
+        } else {
+            absent = Some((lane, source));
         }
     }
     u32::write(registers, slots.to, at.mask, |lane| results[lane]);
     if shuffle.in_range != NONE {
         registers.set_predicate(shuffle.in_range, at.mask, in_range);
+    }
+    if let (Some((lane, source)), true) = (absent, machine.checked()) {
+        let message = format!("lane {lane} reads lane {source}, which takes no part (those that do: {:#010x})", at.mask);
+        return Err(machine.fault(at, lane, FaultKind::Divergence, message));
     }
     Ok(Flow::Next)
 }
