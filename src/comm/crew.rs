@@ -1,0 +1,367 @@
+//! The thread of a group whose members reach each other over a mesh: it carries out the collectives that have been called.
+//!
+//! A reduce-scatter is an all-to-all of slices and a local sum in the canonical tree; an all-reduce is that and an all-gather. Slices go to
+//! peers of other hosts in one message each; to peers that share memory they go in rounds of small pieces (`shared_memory`), so that a sum
+//! is made from what the peers have written, without a copy between. The messages that call a collective go over sockets to all alike.
+//!
+//! Invariant: which way the bytes go decides nothing: the pieces of a sum are its slices cut between elements. After the first failure
+//! of a group nothing more is carried out in it.
+
+use crate::comm::call::{self, Call, Operation, Seat};
+use crate::comm::frame::{Header, Payload, Phase, SMALL};
+use crate::comm::mesh::{Address, Awaited, Ending, Hub, Parcel, Sent};
+use crate::comm::shared_memory::{Lane, Lanes, Offer, Segment, Watch};
+use crate::comm::{Reduction, tree};
+use crate::device::memory::{Buffer, Memory};
+use crate::device::tensor::Tensor;
+use anyhow::{Context, Result, anyhow};
+use std::ops::Range;
+use std::sync::mpsc::Receiver;
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+
+/// Bytes of a slice that are summed at a time where no memory is shared.
+const PIECE: usize = 256 << 10;
+
+/// A collective on its way through the crew.
+pub struct Work {
+    pub header: Header,
+    pub x: Arc<Tensor>,
+    pub sent: Arc<Sent>,
+    pub done: Arc<Done>,
+    /// Whether its slices have been sent, to those who get them over a socket.
+    pub posted: bool,
+}
+
+/// Where the crew leaves the outcome, and for the time until then, which messages it waits for.
+#[derive(Default)]
+pub struct Done {
+    pub outcome: Mutex<Option<Result<Tensor, Ending>>>,
+    pub awaited: Awaited,
+}
+
+impl Done {
+    fn await_only(&self, addresses: Vec<Address>) {
+        *self.awaited.lock().unwrap_or_else(PoisonError::into_inner) = addresses;
+    }
+
+    fn has_come(&self, address: Address) {
+        self.awaited.lock().unwrap_or_else(PoisonError::into_inner).retain(|other| *other != address);
+    }
+}
+
+/// By rank of the group: whether it shares memory with this one. Agreed on in the first large collective.
+pub type Near = OnceLock<Vec<bool>>;
+
+/// What the thread of a group needs: no mesh, so that it does not keep the connections alive.
+pub struct Crew {
+    hub: Arc<Hub>,
+    seat: Arc<Seat>,
+    near: Arc<Near>,
+    /// None: no peer shares memory with this rank, or it is not known yet.
+    lanes: Option<Lanes>,
+    over: Option<Ending>,
+}
+
+pub fn others(seat: &Seat) -> impl Iterator<Item = usize> + use<> {
+    let (rank, size) = (seat.rank, seat.size());
+    // Each rank starts with its neighbour, so that they do not all write to the same one at once.
+    (1..size).map(move |step| (rank + step) % size)
+}
+
+pub fn prefix(seat: &Seat, header: &Header) -> String {
+    format!("{seat} in {}", what(header))
+}
+
+pub fn what(header: &Header) -> String {
+    format!("call {}, {}", header.number, header.call)
+}
+
+/// The error of a wait that has ended badly. A deadline is a failure of the whole job, so everybody is told. `missing`: of the world.
+pub fn give_up(hub: &Hub, seat: &Seat, header: &Header, ending: Ending, missing: Vec<usize>) -> anyhow::Error {
+    let prefix = prefix(seat, header);
+    match ending {
+        Ending::Failure(failure) => anyhow!("{prefix}: {failure}"),
+        Ending::Deadline => {
+            let members = missing.iter().filter_map(|rank| seat.members.iter().position(|member| member == rank));
+            let who = if missing.is_empty() { "a message of its own to be written".to_string() } else { seat.list(members) };
+            let gave_up = format!("{prefix}: gave up after {:.1} s, still missing: {who}", hub.deadline.as_secs_f64());
+            let sentence = format!("{gave_up}{}", hub.survey());
+            let first = hub.fail(&sentence);
+            // What is learnt after a failure is of ranks that are on their way out.
+            if first == sentence { anyhow!(sentence) } else { anyhow!("{gave_up}; the first failure was: {first}") }
+        }
+    }
+}
+
+/// A message that is not the one asked for.
+pub fn mismatch(hub: &Hub, seat: &Seat, header: &Header, from: usize, theirs: Call) -> Ending {
+    let rest = format!("{} calls {theirs} instead, all ranks must make the same calls", seat.member(from));
+    let sentence = format!("{}: {rest}", prefix(seat, header));
+    hub.fail(&sentence);
+    Ending::Failure(sentence)
+}
+
+/// A collective whose slices do not go out with the messages that call it: all must want the same before large things are sent, and
+/// what goes through memory does not go over sockets.
+fn is_large(x: &Tensor, seat: &Seat) -> bool {
+    call::bytes(x).len() > seat.size() * SMALL
+}
+
+/// Sends the first messages of a collective, and unless its slices are large and it is not known yet who shares memory, these too.
+pub fn post(hub: &Arc<Hub>, seat: &Seat, near: &Near, header: &Header, x: &Arc<Tensor>, sent: &Arc<Sent>) -> Result<bool> {
+    if !is_large(x, seat) {
+        post_slices(hub, seat, header, x, sent, others(seat))?;
+        return Ok(true);
+    }
+    for peer in others(seat) {
+        hub.send(seat.members[peer], *header, Payload::Nothing, sent).with_context(|| prefix(seat, header))?;
+    }
+    let Some(near) = near.get() else { return Ok(false) };
+    let slices = Header { phase: Phase::Slices, ..*header };
+    post_slices(hub, seat, &slices, x, sent, others(seat).filter(|peer| !near[*peer]))?;
+    Ok(true)
+}
+
+fn post_slices(
+    hub: &Arc<Hub>,
+    seat: &Seat,
+    header: &Header,
+    x: &Arc<Tensor>,
+    sent: &Arc<Sent>,
+    peers: impl Iterator<Item = usize>,
+) -> Result<()> {
+    for peer in peers {
+        // Of an all-gather, and of the second half of an all-reduce, everybody gets my slice; of the others each peer gets its own.
+        let mine = header.call.operation == Operation::AllGather || header.phase == Phase::Gather;
+        let slice = if mine { seat.rank } else { peer };
+        let payload = Payload::Tensor(x.clone(), call::slice_bytes(x, seat.size(), slice));
+        hub.send(seat.members[peer], *header, payload, sent).with_context(|| prefix(seat, header))?;
+    }
+    Ok(())
+}
+
+/// How a tensor is cut: into a slice for each rank, and each of these into pieces.
+struct Cut {
+    slices: Vec<Range<usize>>,
+    piece: usize,
+}
+
+impl Cut {
+    fn rounds(&self) -> usize {
+        self.slices.iter().map(|slice| slice.len().div_ceil(self.piece)).max().unwrap_or(0)
+    }
+
+    /// Empty, where the slice has fewer pieces than others.
+    fn piece(&self, slice: usize, round: usize) -> Range<usize> {
+        let Range { start, end } = self.slices[slice];
+        (start + round * self.piece).min(end)..(start + (round + 1) * self.piece).min(end)
+    }
+
+    /// Copies what others have given in this round to where it belongs.
+    fn place(&self, x: &mut Tensor, given: &[Option<&[u8]>], round: usize) {
+        for (from, given) in given.iter().enumerate() {
+            let range = self.piece(from, round);
+            if let Some(given) = given {
+                call::bytes_mut(x)[range.clone()].copy_from_slice(&given[..range.len()]);
+            }
+        }
+    }
+
+    /// Sums up the slice of rank `mine`, as far as this round goes, from what is there of each rank.
+    fn sum(&self, x: &mut Tensor, sources: &Sources, mine: usize, round: usize, reduction: Reduction, scratch: &mut Buffer) {
+        let (range, start) = (self.piece(mine, round), round * self.piece);
+        let input = |from: usize| match (sources.given[from], &sources.parcels[from]) {
+            (Some(given), _) => &given[..range.len()],
+            (None, Some(parcel)) => &parcel.buffer.bytes()[start..start + range.len()],
+            (None, None) => &call::bytes(x)[range.clone()],
+        };
+        let inputs: Vec<&[u8]> = (0..self.slices.len()).map(input).collect();
+        let sum = &mut scratch.bytes_mut()[..range.len()];
+        tree::reduce(sum, &inputs, x.dtype(), reduction);
+        call::bytes_mut(x)[range].copy_from_slice(sum);
+    }
+}
+
+/// What has come from each rank: through memory, of this round, or over a socket, whole. Neither: it is this rank.
+struct Sources<'a> {
+    given: &'a [Option<&'a [u8]>],
+    parcels: &'a [Option<Parcel>],
+}
+
+impl Crew {
+    pub fn new(hub: Arc<Hub>, seat: Arc<Seat>, near: Arc<Near>) -> Crew {
+        Crew { hub, seat, near, lanes: None, over: None }
+    }
+
+    pub fn work(mut self, queue: Receiver<Work>) {
+        for work in queue {
+            let done = work.done.clone();
+            let outcome = match &self.over {
+                Some(ending) => Err(ending.clone()),
+                None => self.carry_out(work),
+            };
+            self.over = outcome.as_ref().err().cloned();
+            *done.outcome.lock().unwrap_or_else(PoisonError::into_inner) = Some(outcome);
+            self.hub.announce();
+        }
+    }
+
+    fn address(&self, header: &Header, phase: Phase, from: usize) -> Address {
+        Address { group: header.group, phase, number: header.number, from: self.seat.members[from] }
+    }
+
+    /// One message of this phase from each of these members; by rank, none from the others.
+    fn gather(&self, header: &Header, phase: Phase, from: &[usize], done: &Done) -> Result<Vec<Option<Parcel>>, Ending> {
+        done.await_only(from.iter().map(|from| self.address(header, phase, *from)).collect());
+        let mut parcels: Vec<Option<Parcel>> = (0..self.seat.size()).map(|_| None).collect();
+        for &from in from {
+            let address = self.address(header, phase, from);
+            let parcel = self.hub.take(address, None)?;
+            done.has_come(address);
+            if parcel.header.call != header.call {
+                return Err(mismatch(&self.hub, &self.seat, header, from, parcel.header.call));
+            }
+            parcels[from] = Some(parcel);
+        }
+        Ok(parcels)
+    }
+
+    fn carry_out(&mut self, work: Work) -> Result<Tensor, Ending> {
+        let Work { header, x, sent, done, posted } = work;
+        let everybody: Vec<usize> = others(&self.seat).collect();
+        let large = is_large(&x, &self.seat);
+        let mut parcels = self.gather(&header, Phase::Scatter, &everybody, &done)?;
+        let mut far = everybody;
+        if large {
+            if self.near.get().is_none() {
+                let near = self.agree(&header, &done)?;
+                self.near.set(near).expect("only this thread sets it");
+            }
+            let near = self.near.get().expect("just seen or set");
+            far.retain(|peer| !near[*peer]);
+            if !posted {
+                self.post(&Header { phase: Phase::Slices, ..header }, &x, &sent, &far)?;
+            }
+            parcels = self.gather(&header, Phase::Slices, &far, &done)?;
+        }
+        let mut x = self.whole(x, &sent)?;
+        self.rounds(&header, &mut x, &parcels, large, &done)?;
+        match header.call.operation {
+            Operation::AllReduce(_) if !far.is_empty() => {
+                let lent = Arc::new(x);
+                self.post(&Header { phase: Phase::Gather, ..header }, &lent, &sent, &far)?;
+                parcels = self.gather(&header, Phase::Gather, &far, &done)?;
+                x = self.whole(lent, &sent)?;
+            }
+            Operation::AllToAll | Operation::AllGather => {}
+            _ => parcels.clear(),
+        }
+        for (from, parcel) in parcels.iter().enumerate() {
+            if let Some(parcel) = parcel {
+                let range = call::slice_bytes(&x, self.seat.size(), from);
+                call::bytes_mut(&mut x)[range].copy_from_slice(parcel.buffer.bytes());
+            }
+        }
+        Ok(x)
+    }
+
+    /// Finds out which peers share memory with this rank: those whose segment it can open, and who can open its own.
+    fn agree(&mut self, header: &Header, done: &Done) -> Result<Vec<bool>, Ending> {
+        let everybody: Vec<usize> = others(&self.seat).collect();
+        let hub = &self.hub;
+        let own = if hub.shares_memory() { Segment::create(self.seat.size()) } else { Err(anyhow!("this rank keeps to sockets")) };
+        let own = own.map_err(|error| hub.note(&format!("no memory can be shared here: {error:#}"))).ok();
+        let words = own.as_ref().map_or_else(Vec::new, |(_, offer)| offer.encode());
+        self.tell(header, Phase::Offer, &everybody, |_| words.clone())?;
+        let offers = self.gather(header, Phase::Offer, &everybody, done)?;
+        let open = |(peer, parcel): (usize, &Option<Parcel>)| {
+            let offer = own.as_ref().and(Offer::decode(parcel.as_ref()?.buffer.bytes())).filter(Offer::is_of_this_host)?;
+            let opened = Segment::open(&offer, self.seat.size());
+            opened.map_err(|error| hub.note(&format!("rank {} is on this host, but {error:#}", self.seat.members[peer]))).ok()
+        };
+        let mut peers: Vec<Option<Segment>> = offers.iter().enumerate().map(open).collect();
+        self.tell(header, Phase::Verdict, &everybody, |peer| vec![peers[peer].is_some().into()])?;
+        for (peer, verdict) in peers.iter_mut().zip(self.gather(header, Phase::Verdict, &everybody, done)?) {
+            if !verdict.is_some_and(|verdict| verdict.buffer.bytes() == [1]) {
+                *peer = None;
+            }
+        }
+        let near: Vec<bool> = peers.iter().map(Option::is_some).collect();
+        if let (Some((own, _)), true) = (own, near.contains(&true)) {
+            self.lanes = Some(Lanes::new(own, peers, self.seat.rank));
+        }
+        Ok(near)
+    }
+
+    /// A few bytes to each of these members.
+    fn tell(&self, header: &Header, phase: Phase, peers: &[usize], bytes: impl Fn(usize) -> Vec<u8>) -> Result<(), Ending> {
+        for &peer in peers {
+            let bytes = bytes(peer);
+            let mut buffer = Memory::allocate(&self.hub.memory, bytes.len());
+            buffer.bytes_mut().copy_from_slice(&bytes);
+            let (header, payload) = (Header { phase, ..*header }, Payload::Buffer(Arc::new(buffer)));
+            let told = self.hub.send(self.seat.members[peer], header, payload, &Arc::default());
+            told.map_err(|error| Ending::Failure(format!("{error:#}")))?;
+        }
+        Ok(())
+    }
+
+    fn post(&self, header: &Header, x: &Arc<Tensor>, sent: &Arc<Sent>, peers: &[usize]) -> Result<(), Ending> {
+        let posted = post_slices(&self.hub, &self.seat, header, x, sent, peers.iter().copied());
+        posted.map_err(|error| Ending::Failure(format!("{error:#}")))
+    }
+
+    /// A tensor that was lent to those who write, once they have let it go.
+    fn whole(&self, x: Arc<Tensor>, sent: &Sent) -> Result<Tensor, Ending> {
+        self.hub.all_sent(sent, None)?;
+        Ok(Arc::try_unwrap(x).expect("a tensor is let go before its last message counts as written"))
+    }
+
+    /// What this rank has to sum up, and what goes through memory. Each round waits for what the peers did a round ago.
+    fn rounds(&mut self, header: &Header, x: &mut Tensor, parcels: &[Option<Parcel>], large: bool, done: &Done) -> Result<(), Ending> {
+        let (rank, size) = (self.seat.rank, self.seat.size());
+        let (hub, seat, operation) = (&self.hub, &self.seat, header.call.operation);
+        let mut lanes = self.lanes.as_mut().filter(|_| large);
+        let slices = (0..size).map(|slice| call::slice_bytes(x, size, slice)).collect();
+        let cut = Cut { slices, piece: lanes.as_ref().map_or(PIECE, |lanes| lanes.piece()) };
+        let watch = |lagging: &[usize]| {
+            let world: Vec<usize> = lagging.iter().map(|rank| seat.members[*rank]).collect();
+            let address = |from: &usize| Address { group: header.group, phase: Phase::Gather, number: header.number, from: *from };
+            done.await_only(world.iter().map(address).collect());
+            hub.ending(&world).map_or(Ok(()), Err)
+        };
+        let watch: &Watch = &watch;
+        let scatters = operation != Operation::AllGather;
+        let gathers = matches!(operation, Operation::AllGather | Operation::AllReduce(_));
+        let mut scratch = Memory::allocate(&hub.memory, cut.piece(rank, 0).len());
+        let mut combine = |x: &mut Tensor, given: &[Option<&[u8]>], round: usize| match operation {
+            Operation::AllReduce(reduction) | Operation::ReduceScatter(reduction) => {
+                cut.sum(x, &Sources { given, parcels }, rank, round, reduction, &mut scratch);
+            }
+            _ => cut.place(x, given, round),
+        };
+        let rounds = cut.rounds();
+        for step in 0..rounds + 2 {
+            let fill = |x: &Tensor, slice: usize, round: usize, piece: &mut [u8]| {
+                let range = cut.piece(slice, round);
+                piece[..range.len()].copy_from_slice(&call::bytes(x)[range]);
+            };
+            if let (true, true, Some(lanes)) = (scatters, step < rounds, &mut lanes) {
+                lanes.give(Lane::Scatter, watch, |to, piece| fill(x, to, step, piece))?;
+            }
+            if let (true, Some(round)) = (scatters, step.checked_sub(1).filter(|round| *round < rounds)) {
+                match &mut lanes {
+                    Some(lanes) => lanes.take(Lane::Scatter, watch, |given| combine(x, given, round))?,
+                    None => combine(x, &vec![None; size], round),
+                }
+            }
+            if let (true, Some(lanes), Some(round)) = (gathers, &mut lanes, step.checked_sub(1).filter(|round| *round < rounds)) {
+                lanes.give(Lane::Gather, watch, |mine, piece| fill(x, mine, round, piece))?;
+            }
+            if let (true, Some(lanes), Some(round)) = (gathers, &mut lanes, step.checked_sub(2)) {
+                lanes.take(Lane::Gather, watch, |given| cut.place(x, given, round))?;
+            }
+        }
+        Ok(())
+    }
+}
