@@ -21,7 +21,7 @@ fn job(world: usize) -> Job {
 }
 
 /// Ranks that are threads and have a world each, as processes would.
-fn worlds(size: usize, deadline: Duration) -> Vec<World> {
+pub fn worlds(size: usize, deadline: Duration) -> Vec<World> {
     let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
     let address = listener.local_addr().expect("bound").to_string();
     let mut listeners = vec![Some(listener)];
@@ -36,7 +36,7 @@ fn worlds(size: usize, deadline: Duration) -> Vec<World> {
     })
 }
 
-fn groups(worlds: &[World], name: &str) -> Vec<Arc<dyn Group>> {
+pub fn groups(worlds: &[World], name: &str) -> Vec<Arc<dyn Group>> {
     let wanted = [(name.to_string(), (0..worlds.len()).collect())];
     let connect =
         |(rank, world): (usize, &World)| Groups::connect(&world.transport(), rank, worlds.len(), &wanted).expect("a group").get(name);
@@ -44,7 +44,7 @@ fn groups(worlds: &[World], name: &str) -> Vec<Arc<dyn Group>> {
 }
 
 /// The last one to leave waits for the others, so all leave at the same time.
-fn leave(worlds: Vec<World>) {
+pub fn leave(worlds: Vec<World>) {
     std::thread::scope(|scope| worlds.into_iter().for_each(|world| drop(scope.spawn(move || drop(world)))));
 }
 
@@ -292,7 +292,7 @@ fn part_of_a_process() {
 }
 
 /// This test binary once for each rank, as processes.
-fn processes(size: usize, deadline: Duration, what: &str) -> Vec<Child> {
+pub fn processes(size: usize, deadline: Duration, what: &str) -> Vec<Child> {
     let free = TcpListener::bind("127.0.0.1:0").expect("a free port").local_addr().expect("bound");
     let start = |rank: usize| {
         Command::new(std::env::current_exe().expect("the own path"))
@@ -308,7 +308,7 @@ fn processes(size: usize, deadline: Duration, what: &str) -> Vec<Child> {
 }
 
 /// Reads until a line holds `word`, and gives what follows it.
-fn hear(output: &mut impl BufRead, word: &str) -> String {
+pub fn hear(output: &mut impl BufRead, word: &str) -> String {
     let mut line = String::new();
     while output.read_line(&mut line).expect("a line") > 0 {
         if let Some((_, rest)) = line.split_once(word) {
