@@ -2,15 +2,16 @@
 //!
 //! A reduce-scatter is an all-to-all of slices and a local sum in the canonical tree; an all-reduce is that and an all-gather. Slices go to
 //! peers of other hosts in one message each; to peers that share memory they go in rounds of small pieces (`shared_memory`), so that a sum
-//! is made from what the peers have written, without a copy between. The messages that call a collective go over sockets to all alike.
+//! is made from what the peers have written, without a copy between. Who shares memory the members find out in the first call, which is
+//! announced over sockets to all alike.
 //!
 //! Invariant: which way the bytes go decides nothing: the pieces of a sum are its slices cut between elements. After the first failure
 //! of a group nothing more is carried out in it.
 
 use crate::comm::call::{self, Call, Operation, Seat};
-use crate::comm::frame::{Header, Payload, Phase, SMALL};
+use crate::comm::frame::{HEADER, Header, Payload, Phase};
 use crate::comm::mesh::{Address, Awaited, Ending, Hub, Parcel, Sent};
-use crate::comm::shared_memory::{Lane, Lanes, Offer, Segment, Watch};
+use crate::comm::shared_memory::{Lane, Lanes, Offer, Pieces, Segment, Watch};
 use crate::comm::{Reduction, tree};
 use crate::device::memory::{Buffer, Memory};
 use crate::device::tensor::Tensor;
@@ -28,6 +29,8 @@ pub struct Work {
     pub x: Arc<Tensor>,
     pub sent: Arc<Sent>,
     pub done: Arc<Done>,
+    /// Whether this is the first call of the group.
+    pub first: bool,
     /// Whether its slices have been sent, to those who get them over a socket.
     pub posted: bool,
 }
@@ -49,7 +52,7 @@ impl Done {
     }
 }
 
-/// By rank of the group: whether it shares memory with this one. Agreed on in the first large collective.
+/// By rank of the group: whether it shares memory with this one. Agreed on in the first collective.
 pub type Near = OnceLock<Vec<bool>>;
 
 /// What the thread of a group needs: no mesh, so that it does not keep the connections alive.
@@ -101,24 +104,15 @@ pub fn mismatch(hub: &Hub, seat: &Seat, header: &Header, from: usize, theirs: Ca
     Ending::Failure(sentence)
 }
 
-/// A collective whose slices do not go out with the messages that call it: all must want the same before large things are sent, and
-/// what goes through memory does not go over sockets.
-fn is_large(x: &Tensor, seat: &Seat) -> bool {
-    call::bytes(x).len() > seat.size() * SMALL
-}
-
-/// Sends the first messages of a collective, and unless its slices are large and it is not known yet who shares memory, these too.
-pub fn post(hub: &Arc<Hub>, seat: &Seat, near: &Near, header: &Header, x: &Arc<Tensor>, sent: &Arc<Sent>) -> Result<bool> {
-    if !is_large(x, seat) {
-        post_slices(hub, seat, header, x, sent, others(seat))?;
-        return Ok(true);
+/// Sends the first messages of a collective. False: its slices are for the crew to send, for it is not known yet who shares memory.
+pub fn post(hub: &Arc<Hub>, seat: &Seat, near: &Near, header: &Header, x: &Arc<Tensor>, first: bool, sent: &Arc<Sent>) -> Result<bool> {
+    if first {
+        for peer in others(seat) {
+            hub.send(seat.members[peer], *header, Payload::Nothing, sent).with_context(|| prefix(seat, header))?;
+        }
     }
-    for peer in others(seat) {
-        hub.send(seat.members[peer], *header, Payload::Nothing, sent).with_context(|| prefix(seat, header))?;
-    }
-    let Some(near) = near.get() else { return Ok(false) };
-    let slices = Header { phase: Phase::Slices, ..*header };
-    post_slices(hub, seat, &slices, x, sent, others(seat).filter(|peer| !near[*peer]))?;
+    let Some(near) = near.get().filter(|_| !first) else { return Ok(false) };
+    post_slices(hub, seat, header, x, sent, others(seat).filter(|peer| !near[*peer]))?;
     Ok(true)
 }
 
@@ -227,25 +221,22 @@ impl Crew {
     }
 
     fn carry_out(&mut self, work: Work) -> Result<Tensor, Ending> {
-        let Work { header, x, sent, done, posted } = work;
-        let everybody: Vec<usize> = others(&self.seat).collect();
-        let large = is_large(&x, &self.seat);
-        let mut parcels = self.gather(&header, Phase::Scatter, &everybody, &done)?;
-        let mut far = everybody;
-        if large {
-            if self.near.get().is_none() {
-                let near = self.agree(&header, &done)?;
-                self.near.set(near).expect("only this thread sets it");
-            }
-            let near = self.near.get().expect("just seen or set");
-            far.retain(|peer| !near[*peer]);
-            if !posted {
-                self.post(&Header { phase: Phase::Slices, ..header }, &x, &sent, &far)?;
-            }
-            parcels = self.gather(&header, Phase::Slices, &far, &done)?;
+        let Work { header, x, sent, done, first, posted } = work;
+        if first {
+            let everybody: Vec<usize> = others(&self.seat).collect();
+            self.gather(&header, Phase::Scatter, &everybody, &done)?;
+            let near = self.agree(&header, &everybody, &done)?;
+            self.near.set(near).expect("a group has one first call");
         }
+        let near = self.near.get().expect("the first call has been carried out");
+        let far: Vec<usize> = others(&self.seat).filter(|peer| !near[*peer]).collect();
+        let phase = if first { Phase::Slices } else { Phase::Scatter };
+        if !posted {
+            self.post(&Header { phase, ..header }, &x, &sent, &far)?;
+        }
+        let mut parcels = self.gather(&header, phase, &far, &done)?;
         let mut x = self.whole(x, &sent)?;
-        self.rounds(&header, &mut x, &parcels, large, &done)?;
+        self.rounds(&header, &mut x, &parcels, &done)?;
         match header.call.operation {
             Operation::AllReduce(_) if !far.is_empty() => {
                 let lent = Arc::new(x);
@@ -266,22 +257,21 @@ impl Crew {
     }
 
     /// Finds out which peers share memory with this rank: those whose segment it can open, and who can open its own.
-    fn agree(&mut self, header: &Header, done: &Done) -> Result<Vec<bool>, Ending> {
-        let everybody: Vec<usize> = others(&self.seat).collect();
+    fn agree(&mut self, header: &Header, everybody: &[usize], done: &Done) -> Result<Vec<bool>, Ending> {
         let hub = &self.hub;
         let own = if hub.shares_memory() { Segment::create(self.seat.size()) } else { Err(anyhow!("this rank keeps to sockets")) };
         let own = own.map_err(|error| hub.note(&format!("no memory can be shared here: {error:#}"))).ok();
         let words = own.as_ref().map_or_else(Vec::new, |(_, offer)| offer.encode());
-        self.tell(header, Phase::Offer, &everybody, |_| words.clone())?;
-        let offers = self.gather(header, Phase::Offer, &everybody, done)?;
+        self.tell(header, Phase::Offer, everybody, |_| words.clone())?;
+        let offers = self.gather(header, Phase::Offer, everybody, done)?;
         let open = |(peer, parcel): (usize, &Option<Parcel>)| {
             let offer = own.as_ref().and(Offer::decode(parcel.as_ref()?.buffer.bytes())).filter(Offer::is_of_this_host)?;
             let opened = Segment::open(&offer, self.seat.size());
             opened.map_err(|error| hub.note(&format!("rank {} is on this host, but {error:#}", self.seat.members[peer]))).ok()
         };
         let mut peers: Vec<Option<Segment>> = offers.iter().enumerate().map(open).collect();
-        self.tell(header, Phase::Verdict, &everybody, |peer| vec![peers[peer].is_some().into()])?;
-        for (peer, verdict) in peers.iter_mut().zip(self.gather(header, Phase::Verdict, &everybody, done)?) {
+        self.tell(header, Phase::Verdict, everybody, |peer| vec![peers[peer].is_some().into()])?;
+        for (peer, verdict) in peers.iter_mut().zip(self.gather(header, Phase::Verdict, everybody, done)?) {
             if !verdict.is_some_and(|verdict| verdict.buffer.bytes() == [1]) {
                 *peer = None;
             }
@@ -318,21 +308,11 @@ impl Crew {
     }
 
     /// What this rank has to sum up, and what goes through memory. Each round waits for what the peers did a round ago.
-    fn rounds(&mut self, header: &Header, x: &mut Tensor, parcels: &[Option<Parcel>], large: bool, done: &Done) -> Result<(), Ending> {
+    fn rounds(&mut self, header: &Header, x: &mut Tensor, parcels: &[Option<Parcel>], done: &Done) -> Result<(), Ending> {
         let (rank, size) = (self.seat.rank, self.seat.size());
         let (hub, seat, operation) = (&self.hub, &self.seat, header.call.operation);
-        let mut lanes = self.lanes.as_mut().filter(|_| large);
         let slices = (0..size).map(|slice| call::slice_bytes(x, size, slice)).collect();
-        let cut = Cut { slices, piece: lanes.as_ref().map_or(PIECE, |lanes| lanes.piece()) };
-        let watch = |lagging: &[usize]| {
-            let world: Vec<usize> = lagging.iter().map(|rank| seat.members[*rank]).collect();
-            let address = |from: &usize| Address { group: header.group, phase: Phase::Gather, number: header.number, from: *from };
-            done.await_only(world.iter().map(address).collect());
-            hub.ending(&world).map_or(Ok(()), Err)
-        };
-        let watch: &Watch = &watch;
-        let scatters = operation != Operation::AllGather;
-        let gathers = matches!(operation, Operation::AllGather | Operation::AllReduce(_));
+        let cut = Cut { slices, piece: self.lanes.as_ref().map_or(PIECE, Lanes::piece) };
         let mut scratch = Memory::allocate(&hub.memory, cut.piece(rank, 0).len());
         let mut combine = |x: &mut Tensor, given: &[Option<&[u8]>], round: usize| match operation {
             Operation::AllReduce(reduction) | Operation::ReduceScatter(reduction) => {
@@ -340,28 +320,61 @@ impl Crew {
             }
             _ => cut.place(x, given, round),
         };
-        let rounds = cut.rounds();
+        let Some(lanes) = &mut self.lanes else {
+            (0..cut.rounds()).for_each(|round| combine(x, &vec![None; size], round));
+            return Ok(());
+        };
+        let watch: &Watch = &|lagging| watch(hub, seat, header, lagging, done);
+        let words = header.encode(0);
+        let check =
+            |from: usize, theirs: &[u8; HEADER]| if *theirs == words { Ok(()) } else { Err(other_call(hub, seat, header, from, theirs)) };
+        let fill = |x: &Tensor, slice: usize, round: usize, piece: &mut [u8]| {
+            let range = cut.piece(slice, round);
+            piece[..range.len()].copy_from_slice(&call::bytes(x)[range]);
+        };
+        let first = (Lane::First, if operation == Operation::AllGather { Pieces::Same } else { Pieces::Each });
+        let second = (Lane::Second, Pieces::Same);
+        // Also where there is nothing to carry all must have made the same call.
+        let rounds = cut.rounds().max(1);
+        let twice = matches!(operation, Operation::AllReduce(_));
         for step in 0..rounds + 2 {
-            let fill = |x: &Tensor, slice: usize, round: usize, piece: &mut [u8]| {
-                let range = cut.piece(slice, round);
-                piece[..range.len()].copy_from_slice(&call::bytes(x)[range]);
-            };
-            if let (true, true, Some(lanes)) = (scatters, step < rounds, &mut lanes) {
-                lanes.give(Lane::Scatter, watch, |to, piece| fill(x, to, step, piece))?;
+            if step < rounds {
+                lanes.give(first, &words, watch, |slice, piece| fill(x, slice, step, piece))?;
             }
-            if let (true, Some(round)) = (scatters, step.checked_sub(1).filter(|round| *round < rounds)) {
-                match &mut lanes {
-                    Some(lanes) => lanes.take(Lane::Scatter, watch, |given| combine(x, given, round))?,
-                    None => combine(x, &vec![None; size], round),
+            if let Some(round) = step.checked_sub(1).filter(|round| *round < rounds) {
+                lanes.take(first, check, watch, |given| combine(x, given, round))?;
+                if twice {
+                    lanes.give(second, &words, watch, |slice, piece| fill(x, slice, round, piece))?;
                 }
             }
-            if let (true, Some(lanes), Some(round)) = (gathers, &mut lanes, step.checked_sub(1).filter(|round| *round < rounds)) {
-                lanes.give(Lane::Gather, watch, |mine, piece| fill(x, mine, round, piece))?;
-            }
-            if let (true, Some(lanes), Some(round)) = (gathers, &mut lanes, step.checked_sub(2)) {
-                lanes.take(Lane::Gather, watch, |given| cut.place(x, given, round))?;
+            if let (true, Some(round)) = (twice, step.checked_sub(2)) {
+                lanes.take(second, check, watch, |given| cut.place(x, given, round))?;
             }
         }
         Ok(())
+    }
+}
+
+/// What the crew does before it sleeps for want of these members, which give or take nothing.
+fn watch(hub: &Hub, seat: &Seat, header: &Header, lagging: &[usize], done: &Done) -> Result<(), Ending> {
+    let address = |rank: &usize| Address { group: header.group, phase: Phase::Gather, number: header.number, from: seat.members[*rank] };
+    done.await_only(lagging.iter().map(address).collect());
+    for from in lagging {
+        // Somebody who should give me a piece has sent me a message: it exchanges words, where I am in a collective.
+        if let Some(theirs) = hub.peek(Address { phase: Phase::Scatter, ..address(from) }) {
+            return Err(mismatch(hub, seat, header, *from, theirs));
+        }
+    }
+    let members: Vec<usize> = lagging.iter().map(|rank| seat.members[*rank]).collect();
+    hub.ending(&members).map_or(Ok(()), Err)
+}
+
+/// A peer gives pieces of another call than this rank's.
+fn other_call(hub: &Hub, seat: &Seat, header: &Header, from: usize, theirs: &[u8; HEADER]) -> Ending {
+    match Header::decode(theirs) {
+        Ok((theirs, _)) => mismatch(hub, seat, header, from, theirs.call),
+        Err(error) => {
+            Ending::Failure(hub.fail(&format!("{}: {} has shared what cannot be: {error:#}", prefix(seat, header), seat.member(from))))
+        }
     }
 }

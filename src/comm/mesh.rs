@@ -7,6 +7,7 @@
 //! Invariant: messages from one peer arrive in the order in which they were sent. The first failure ends every wait on this rank, and is
 //! told to all others through the rendezvous.
 
+use crate::comm::call::Call;
 use crate::comm::door::{self, Door, Job, Purpose, Welcome};
 use crate::comm::frame::{self, Header, Payload, Phase};
 use crate::comm::store::Store;
@@ -144,7 +145,7 @@ impl Mesh {
 impl Drop for Mesh {
     fn drop(&mut self) {
         let outgoing = std::mem::take(&mut *self.hub.outgoing.lock().unwrap_or_else(PoisonError::into_inner));
-        let header = Header { group: 0, phase: Phase::Goodbye, number: 0, call: crate::comm::call::Call::EXCHANGE };
+        let header = Header { group: 0, phase: Phase::Goodbye, number: 0, call: Call::EXCHANGE };
         // A thread that unwinds is no peaceful end: without a goodbye the peers see that this rank has failed. After a failure nobody
         // waits for writers, which may be stuck on a peer that has stopped; they end by themselves.
         let peaceful = !std::thread::panicking() && self.hub.lock().failure.is_none();
@@ -328,6 +329,11 @@ impl Hub {
     /// A failure that is known, or the leaving of one of the peers that are needed.
     pub fn ending(&self, needed: &[usize]) -> Option<Ending> {
         self.lock().ending(needed)
+    }
+
+    /// What the sender of this message calls, if it has come.
+    pub fn peek(&self, address: Address) -> Option<Call> {
+        self.lock().parcels.get(&address).map(|parcel| parcel.header.call)
     }
 
     /// From now on groups that have not agreed with their peers yet share no memory with them.

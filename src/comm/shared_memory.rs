@@ -5,13 +5,15 @@
 //! can open that, and finds inside the random words that came with the offer, is on the same host beyond doubt. Containers that do not
 //! see each other's processes cannot, and stay with sockets.
 //!
-//! There are two lanes. On `Scatter` a rank gives each peer a piece of its own, on `Gather` the same piece to all. Rounds of a lane are
-//! numbered from 0 for as long as the group lives; round `k` uses buffer `k % DEPTH`, so memory is bounded whatever the tensors' size.
+//! There are two lanes. On the first a rank gives each peer a piece of its own, or one to all, and says which call it is in; on the
+//! second it gives one piece to all. Rounds of a lane are numbered from 0 for as long as the group lives; round `k` uses buffer
+//! `k % DEPTH`, so memory is bounded whatever the tensors' size.
 //!
 //! Invariant: a rank writes the buffer of round `k` only after every peer has taken round `k - DEPTH`, and reads a peer's buffer only
 //! between that peer's `given` reaching `k + 1` and its own `taken` doing so.
 #![allow(unsafe_code)]
 
+use crate::comm::frame::HEADER;
 use crate::comm::mesh::Ending;
 use anyhow::{Context, Result, ensure};
 use memmap2::{MmapOptions, MmapRaw};
@@ -36,11 +38,21 @@ const SPINS: usize = 200;
 const NAP: Duration = Duration::from_millis(10);
 /// Where the counters of a segment lie, behind its random words: a cache line for each, `given` and `taken` of both lanes.
 const COUNTERS: usize = 64;
+/// Where the calls of a segment lie, one for each buffer of the first lane.
+const CALLS: usize = 1024;
+const CALL: usize = 128;
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Lane {
-    Scatter = 0,
-    Gather = 1,
+    First = 0,
+    Second = 1,
+}
+
+/// Whether the peers get a piece each, or one that is for all of them.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Pieces {
+    Each,
+    Same,
 }
 
 /// How others find a segment.
@@ -79,16 +91,18 @@ impl Shape {
     }
 
     fn bytes(self) -> usize {
-        PAGE + DEPTH * (self.ranks + 1) * self.piece
+        PAGE + DEPTH * (self.ranks + 2) * self.piece
     }
 
-    /// Where the piece of a round lies.
-    fn place(self, lane: Lane, round: u32, to: usize) -> usize {
-        let index = match lane {
-            Lane::Scatter => to,
-            Lane::Gather => self.ranks,
+    /// Where the piece of a round for rank `to` lies.
+    fn place(self, lane: Lane, pieces: Pieces, round: u32, to: usize) -> usize {
+        let index = match (lane, pieces) {
+            (Lane::First, Pieces::Each) => to,
+            (Lane::First, Pieces::Same) => self.ranks,
+            (Lane::Second, Pieces::Same) => self.ranks + 1,
+            (Lane::Second, Pieces::Each) => panic!("the second lane has one piece for all"),
         };
-        PAGE + (round as usize % DEPTH * (self.ranks + 1) + index) * self.piece
+        PAGE + (round as usize % DEPTH * (self.ranks + 2) + index) * self.piece
     }
 }
 
@@ -202,8 +216,13 @@ impl Segment {
         }
     }
 
-    fn piece(&self, lane: Lane, round: u32, to: usize) -> *mut u8 {
-        let at = self.shape.place(lane, round, to);
+    fn call(&self, round: u32) -> *mut [u8; HEADER] {
+        const { assert!(CALLS + DEPTH * CALL <= PAGE && HEADER <= CALL) };
+        self.map.as_mut_ptr().wrapping_add(CALLS + round as usize % DEPTH * CALL).cast()
+    }
+
+    fn piece(&self, lane: Lane, pieces: Pieces, round: u32, to: usize) -> *mut u8 {
+        let at = self.shape.place(lane, pieces, round, to);
         assert!(to < self.shape.ranks && at + self.shape.piece <= self.map.len(), "piece for rank {to} of {} at {at}", self.shape.ranks);
         self.map.as_mut_ptr().wrapping_add(at)
     }
@@ -239,19 +258,29 @@ impl Lanes {
         self.own.shape.piece
     }
 
-    /// The next round of a lane: `fill` writes the piece for a rank; on `Gather` one piece is for all, and the rank is this one.
-    pub fn give(&mut self, lane: Lane, watch: &Watch, mut fill: impl FnMut(usize, &mut [u8])) -> Result<(), Ending> {
+    /// The next round of a lane, in call `call`: `fill` writes the piece for a rank, or for all, and then the rank is this one.
+    pub fn give(
+        &mut self,
+        (lane, pieces): (Lane, Pieces),
+        call: &[u8; HEADER],
+        watch: &Watch,
+        mut fill: impl FnMut(usize, &mut [u8]),
+    ) -> Result<(), Ending> {
         let round = self.given[lane as usize];
         self.wait(lane, Counter::Taken, round.wrapping_add(1).wrapping_sub(DEPTH as u32), watch)?;
-        let peers = (0..self.peers.len()).filter(|to| match lane {
-            Lane::Scatter => self.peers[*to].is_some(),
-            Lane::Gather => *to == self.rank,
+        if lane == Lane::First {
+            // SAFETY: the place is in the first page of this rank's own segment; as for the pieces below, nobody reads it now.
+            unsafe { self.own.call(round).write(*call) };
+        }
+        let ranks = (0..self.peers.len()).filter(|to| match pieces {
+            Pieces::Each => self.peers[*to].is_some(),
+            Pieces::Same => *to == self.rank,
         });
-        for to in peers {
+        for to in ranks {
             // SAFETY: `piece` lies within the map of this rank's own segment, which nobody else writes to; `&mut self` keeps other threads
             // out. Peers read this buffer for round `round - DEPTH`, which the wait above has seen all of them take (acquire), and for
             // `round` only after the release below.
-            let piece = unsafe { std::slice::from_raw_parts_mut(self.own.piece(lane, round, to), self.piece()) };
+            let piece = unsafe { std::slice::from_raw_parts_mut(self.own.piece(lane, pieces, round, to), self.piece()) };
             fill(to, piece);
         }
         self.given[lane as usize] = round.wrapping_add(1);
@@ -260,17 +289,29 @@ impl Lanes {
     }
 
     /// The next round of a lane: `read` gets the piece that each peer gives to this rank, by rank; none from itself and over sockets.
-    pub fn take(&mut self, lane: Lane, watch: &Watch, read: impl FnOnce(&[Option<&[u8]>])) -> Result<(), Ending> {
+    /// Before, on the first lane, `check` is shown the call of each peer, and may end it all.
+    pub fn take(
+        &mut self,
+        (lane, pieces): (Lane, Pieces),
+        check: impl Fn(usize, &[u8; HEADER]) -> Result<(), Ending>,
+        watch: &Watch,
+        read: impl FnOnce(&[Option<&[u8]>]),
+    ) -> Result<(), Ending> {
         let round = self.taken[lane as usize];
         self.wait(lane, Counter::Given, round.wrapping_add(1), watch)?;
+        for (rank, peer) in self.peers.iter().enumerate().filter(|_| lane == Lane::First) {
+            // SAFETY: the place is in the first page of the peer's segment; as for the pieces below, the peer does not write to it now.
+            let call = peer.as_ref().map(|peer| unsafe { peer.call(round).cast_const().read() });
+            call.map_or(Ok(()), |call| check(rank, &call))?;
+        }
         let piece = |peer: &Segment| {
             // SAFETY: `piece` lies within the map of the peer's segment, whose size is sealed. The wait above has seen the peer give this
             // round (acquire), so it has written these bytes, and it writes them again only after it sees this rank's `taken` beyond the
             // round, which is stored after `read` has returned; the slices do not outlive it.
-            unsafe { std::slice::from_raw_parts(peer.piece(lane, round, self.rank).cast_const(), self.piece()) }
+            unsafe { std::slice::from_raw_parts(peer.piece(lane, pieces, round, self.rank).cast_const(), self.piece()) }
         };
-        let pieces: Vec<Option<&[u8]>> = self.peers.iter().map(|peer| peer.as_ref().map(piece)).collect();
-        read(&pieces);
+        let given: Vec<Option<&[u8]>> = self.peers.iter().map(|peer| peer.as_ref().map(piece)).collect();
+        read(&given);
         self.taken[lane as usize] = round.wrapping_add(1);
         self.own.advance(lane, Counter::Taken, round.wrapping_add(1));
         Ok(())

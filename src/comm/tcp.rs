@@ -14,7 +14,7 @@ use crate::device::memory::Memory;
 use crate::device::tensor::Tensor;
 use crate::rng::fnv1a;
 use anyhow::{Context, Result, anyhow};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
@@ -26,6 +26,8 @@ pub struct Tcp {
     near: Arc<Near>,
     id: u64,
     calls: AtomicU64,
+    /// Whether there has been a collective of a tensor.
+    begun: AtomicBool,
     /// How many sends to, and receives from, each member there have been.
     sends: Vec<AtomicU64>,
     receives: Vec<AtomicU64>,
@@ -43,7 +45,17 @@ impl Tcp {
         let thread = std::thread::Builder::new().name(format!("group-{name}"));
         thread.spawn(move || crew.work(queue)).with_context(|| format!("starting the thread of group {name:?}"))?;
         let counters = || members.iter().map(|_| AtomicU64::new(0)).collect();
-        Ok(Tcp { mesh, seat, near, id, calls: AtomicU64::new(0), sends: counters(), receives: counters(), worker })
+        Ok(Tcp {
+            mesh,
+            seat,
+            near,
+            id,
+            calls: AtomicU64::new(0),
+            begun: AtomicBool::new(false),
+            sends: counters(),
+            receives: counters(),
+            worker,
+        })
     }
 
     fn header(&self, call: Call) -> Header {
@@ -57,8 +69,9 @@ impl Tcp {
         }
         let header = self.header(call);
         let (x, sent, done) = (Arc::new(x), Arc::new(Sent::default()), Arc::new(Done::default()));
-        let posted = crew::post(&self.mesh.hub, &self.seat, &self.near, &header, &x, &sent)?;
-        let work = Work { header, x, sent, done: done.clone(), posted };
+        let first = !self.begun.swap(true, Ordering::Relaxed);
+        let posted = crew::post(&self.mesh.hub, &self.seat, &self.near, &header, &x, first, &sent)?;
+        let work = Work { header, x, sent, done: done.clone(), first, posted };
         self.worker.send(work).map_err(|_| anyhow!("{}: the thread of this group has ended", prefix(&self.seat, &header)))?;
         let (hub, seat) = (self.mesh.hub.clone(), self.seat.clone());
         Ok(Pending::later(move || {
