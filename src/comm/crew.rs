@@ -272,7 +272,7 @@ impl Crew {
         let mut peers: Vec<Option<Segment>> = offers.iter().enumerate().map(open).collect();
         self.tell(header, Phase::Verdict, everybody, |peer| vec![peers[peer].is_some().into()])?;
         for (peer, verdict) in peers.iter_mut().zip(self.gather(header, Phase::Verdict, everybody, done)?) {
-            if !verdict.is_some_and(|verdict| verdict.buffer.bytes() == [1]) {
+            if verdict.is_none_or(|verdict| verdict.buffer.bytes() != [1]) {
                 *peer = None;
             }
         }

@@ -320,12 +320,14 @@ impl Lanes {
     /// Waits until a counter of every peer has reached `rounds`.
     fn wait(&self, lane: Lane, which: Counter, rounds: u32, watch: &Watch) -> Result<(), Ending> {
         for peer in self.peers.iter().flatten() {
-            let mut spins = 0;
-            while spins < SPINS && !peer.reached(lane, which, rounds) {
+            let spin = |_| {
                 std::hint::spin_loop();
-                spins += 1;
+                peer.reached(lane, which, rounds)
+            };
+            if (0..SPINS).any(spin) {
+                continue;
             }
-            while spins == SPINS {
+            loop {
                 // In this order: a peer that has left has done its part before.
                 let verdict = watch(&self.lagging(lane, which, rounds));
                 if peer.reached(lane, which, rounds) {
