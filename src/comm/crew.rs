@@ -21,7 +21,7 @@ use std::sync::mpsc::Receiver;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 /// Bytes of a slice that are summed at a time where no memory is shared.
-const PIECE: usize = 256 << 10;
+const PIECE: usize = 128 << 10;
 
 /// A collective on its way through the crew.
 pub struct Work {

@@ -28,9 +28,9 @@ use std::time::Duration;
 /// Rounds of a lane that may be under way: while one is read the next is written.
 const DEPTH: usize = 2;
 /// The largest piece, small enough that what all ranks of a host have under way stays in the last cache.
-const PIECE: usize = 256 << 10;
+const PIECE: usize = 128 << 10;
 /// What the pieces for all peers may take in one round.
-const PIECES: usize = 2 << 20;
+const PIECES: usize = 1 << 20;
 const PAGE: usize = 4096;
 /// Looks at a counter before its reader sleeps: a peer that runs at the same time needs a few microseconds for what is small.
 const SPINS: usize = 200;

@@ -51,8 +51,8 @@ fn a_group_that_shares_memory_in_part_gives_the_same_bits() {
 /// More rounds than there are buffers, and a slice that ends within a piece.
 #[test]
 fn many_rounds_give_the_same_bits() {
-    check(2, &[], 140_001, 1);
-    check(3, &[1], 140_001, 2);
+    check(2, &[], 80_001, 1);
+    check(3, &[1], 80_001, 2);
 }
 
 /// Groups that have the same ranks at work at the same time do not get into each other's memory.
