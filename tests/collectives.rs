@@ -2,6 +2,8 @@
 
 #[path = "collectives/faults.rs"]
 mod faults;
+#[path = "collectives/memory.rs"]
+mod memory;
 #[path = "collectives/rendezvous.rs"]
 mod rendezvous;
 #[path = "collectives/tcp.rs"]

@@ -14,7 +14,8 @@ use std::io::{Read, Write};
 use std::ops::Range;
 use std::sync::Arc;
 
-const HEADER: usize = 72;
+/// Bytes of a header.
+pub const HEADER: usize = 72;
 /// Bytes checked and handed on at a time: they are still in the cache when the second of the two happens.
 const CHUNK: usize = 256 << 10;
 /// Messages up to this size leave in one piece.
@@ -25,7 +26,7 @@ const LARGEST: u64 = 1 << 40;
 /// Which message of a call this is.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub enum Phase {
-    /// The first messages of a collective.
+    /// The first messages of a collective: its slices, or, of the first call of a group, none.
     Scatter = 0,
     /// The reduced slices of an all-reduce.
     Gather = 1,
@@ -33,6 +34,12 @@ pub enum Phase {
     Point = 2,
     /// The last message of a connection.
     Goodbye = 3,
+    /// The slices of the first call of a group.
+    Slices = 4,
+    /// Memory to share, where there is some.
+    Offer = 5,
+    /// Whether it could be opened.
+    Verdict = 6,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -46,6 +53,7 @@ pub struct Header {
 
 /// The bytes of a message, lent until they are written.
 pub enum Payload {
+    Nothing,
     Tensor(Arc<Tensor>, Range<usize>),
     Buffer(Arc<Buffer>),
 }
@@ -53,6 +61,7 @@ pub enum Payload {
 impl Payload {
     pub fn bytes(&self) -> &[u8] {
         match self {
+            Payload::Nothing => &[],
             Payload::Tensor(x, range) => &call::bytes(x)[range.clone()],
             Payload::Buffer(buffer) => buffer.bytes(),
         }
@@ -60,7 +69,8 @@ impl Payload {
 }
 
 impl Header {
-    fn encode(&self, length: usize) -> [u8; HEADER] {
+    /// `length`: of the numbers that follow.
+    pub fn encode(&self, length: usize) -> [u8; HEADER] {
         let mut bytes = [0; HEADER];
         bytes[..8].copy_from_slice(&self.group.to_le_bytes());
         bytes[8..16].copy_from_slice(&self.number.to_le_bytes());
@@ -79,10 +89,10 @@ impl Header {
         bytes
     }
 
-    fn decode(bytes: &[u8; HEADER]) -> Result<(Header, usize)> {
+    pub fn decode(bytes: &[u8; HEADER]) -> Result<(Header, usize)> {
         let number = |at: usize| u64::from_le_bytes(bytes[at..at + 8].try_into().expect("eight bytes"));
         ensure!(checksum(&bytes[..64]) == number(64), "the header of a message is corrupt");
-        let phases = [Phase::Scatter, Phase::Gather, Phase::Point, Phase::Goodbye];
+        let phases = [Phase::Scatter, Phase::Gather, Phase::Point, Phase::Goodbye, Phase::Slices, Phase::Offer, Phase::Verdict];
         let phase = *phases.get(bytes[24] as usize).context("a message of an unknown phase")?;
         let dtypes = [Dtype::F32, Dtype::Bf16, Dtype::F16, Dtype::U32];
         let tensor = match bytes[26] {

@@ -7,6 +7,7 @@
 //! Invariant: messages from one peer arrive in the order in which they were sent. The first failure ends every wait on this rank, and is
 //! told to all others through the rendezvous.
 
+use crate::comm::call::Call;
 use crate::comm::door::{self, Door, Job, Purpose, Welcome};
 use crate::comm::frame::{self, Header, Payload, Phase};
 use crate::comm::store::Store;
@@ -16,7 +17,7 @@ use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, HashMap};
 use std::io::{self, BufReader};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
@@ -39,6 +40,8 @@ pub struct Hub {
     state: Mutex<State>,
     changed: Condvar,
     outgoing: Mutex<BTreeMap<usize, Outgoing>>,
+    sockets_only: AtomicBool,
+    noted: AtomicBool,
 }
 
 #[derive(Default)]
@@ -117,6 +120,8 @@ impl Mesh {
             state: Mutex::default(),
             changed: Condvar::new(),
             outgoing: Mutex::default(),
+            sockets_only: AtomicBool::new(false),
+            noted: AtomicBool::new(false),
         });
         let inside = Arc::downgrade(&hub);
         let admit = move |peer: usize, stream: TcpStream, welcome: Welcome| match inside.upgrade() {
@@ -140,7 +145,7 @@ impl Mesh {
 impl Drop for Mesh {
     fn drop(&mut self) {
         let outgoing = std::mem::take(&mut *self.hub.outgoing.lock().unwrap_or_else(PoisonError::into_inner));
-        let header = Header { group: 0, phase: Phase::Goodbye, number: 0, call: crate::comm::call::Call::EXCHANGE };
+        let header = Header { group: 0, phase: Phase::Goodbye, number: 0, call: Call::EXCHANGE };
         // A thread that unwinds is no peaceful end: without a goodbye the peers see that this rank has failed. After a failure nobody
         // waits for writers, which may be stuck on a peer that has stopped; they end by themselves.
         let peaceful = !std::thread::panicking() && self.hub.lock().failure.is_none();
@@ -310,19 +315,40 @@ impl Hub {
             if let Some(result) = ready(&mut state) {
                 return Ok(result);
             }
-            if let Some(failure) = &state.failure {
-                return Err(Ending::Failure(failure.clone()));
-            }
-            if let Some(peer) = needed
-                && state.incoming.get(&peer) == Some(&false)
-            {
-                return Err(Ending::Failure(format!("rank {peer} has left")));
+            if let Some(ending) = state.ending(needed.as_slice()) {
+                return Err(ending);
             }
             let left = until.map_or(Duration::from_secs(3600), |until| until.saturating_duration_since(Instant::now()));
             if left.is_zero() {
                 return Err(Ending::Deadline);
             }
             state = self.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
+    /// A failure that is known, or the leaving of one of the peers that are needed.
+    pub fn ending(&self, needed: &[usize]) -> Option<Ending> {
+        self.lock().ending(needed)
+    }
+
+    /// What the sender of this message calls, if it has come.
+    pub fn peek(&self, address: Address) -> Option<Call> {
+        self.lock().parcels.get(&address).map(|parcel| parcel.header.call)
+    }
+
+    /// From now on groups that have not agreed with their peers yet share no memory with them.
+    pub fn keep_to_sockets(&self) {
+        self.sockets_only.store(true, Ordering::Relaxed);
+    }
+
+    pub fn shares_memory(&self) -> bool {
+        !self.sockets_only.load(Ordering::Relaxed)
+    }
+
+    /// Logs, once, why ranks of one host talk over sockets.
+    pub fn note(&self, sentence: &str) {
+        if !self.noted.swap(true, Ordering::Relaxed) {
+            tracing::info!("rank {}: {sentence}; collectives between them use sockets, which are slower", self.rank);
         }
     }
 
@@ -388,6 +414,11 @@ impl Hub {
 }
 
 impl State {
+    fn ending(&self, needed: &[usize]) -> Option<Ending> {
+        let gone = || needed.iter().find(|peer| self.incoming.get(peer) == Some(&false)).map(|peer| format!("rank {peer} has left"));
+        self.failure.clone().or_else(gone).map(Ending::Failure)
+    }
+
     fn missing(&self, awaited: &Awaited) -> Vec<usize> {
         let awaited = awaited.lock().unwrap_or_else(PoisonError::into_inner);
         awaited.iter().filter(|address| !self.parcels.contains_key(address)).map(|address| address.from).collect()

@@ -8,6 +8,7 @@
 
 pub mod call;
 pub mod connect;
+pub mod crew;
 pub mod door;
 pub mod faulty;
 pub mod frame;
@@ -16,6 +17,7 @@ pub mod mesh;
 pub mod metered;
 pub mod rehearsal;
 pub mod rendezvous;
+pub mod shared_memory;
 pub mod solo;
 pub mod staged;
 pub mod store;

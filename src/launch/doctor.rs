@@ -3,6 +3,7 @@
 //! Invariant: it only looks. No library is loaded, no device opened, and what cannot be read is said to be unknown.
 
 use super::identity::{Environment, Identity};
+use rustix::fs::{MemfdFlags, memfd_create, statvfs};
 use rustix::process::{Resource, getrlimit};
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -94,10 +95,15 @@ fn limit(resource: Resource, unit: f64, name: &str) -> String {
     }
 }
 
+/// What processes of this host can share: ranks use a memfd, libraries of GPUs want `/dev/shm`.
 fn shared_memory() -> String {
-    match rustix::fs::statvfs("/dev/shm") {
-        Ok(found) => format!("{:.1} GiB in /dev/shm", found.f_blocks as f64 * found.f_frsize as f64 / GIB),
-        Err(_) => "no /dev/shm".to_string(),
+    let ranks = match memfd_create("ferrotron-doctor", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING) {
+        Ok(_) => "ranks of this host can share memory".to_string(),
+        Err(error) => format!("ranks of this host use sockets, there is no memfd ({error})"),
+    };
+    match statvfs("/dev/shm") {
+        Ok(found) => format!("{ranks}; {:.1} GiB in /dev/shm", found.f_blocks as f64 * found.f_frsize as f64 / GIB),
+        Err(_) => format!("{ranks}; no /dev/shm"),
     }
 }
 

@@ -21,7 +21,7 @@ fn job(world: usize) -> Job {
 }
 
 /// Ranks that are threads and have a world each, as processes would.
-fn worlds(size: usize, deadline: Duration) -> Vec<World> {
+pub fn worlds(size: usize, deadline: Duration) -> Vec<World> {
     let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
     let address = listener.local_addr().expect("bound").to_string();
     let mut listeners = vec![Some(listener)];
@@ -36,7 +36,17 @@ fn worlds(size: usize, deadline: Duration) -> Vec<World> {
     })
 }
 
-fn groups(worlds: &[World], name: &str) -> Vec<Arc<dyn Group>> {
+/// The same, but nobody shares memory.
+fn worlds_apart(size: usize, deadline: Duration) -> Vec<World> {
+    let worlds = worlds(size, deadline);
+    worlds.iter().for_each(|world| world.mesh.hub.keep_to_sockets());
+    worlds
+}
+
+/// With memory that the ranks share, and without.
+const BOTH: [fn(usize, Duration) -> Vec<World>; 2] = [worlds, worlds_apart];
+
+pub fn groups(worlds: &[World], name: &str) -> Vec<Arc<dyn Group>> {
     let wanted = [(name.to_string(), (0..worlds.len()).collect())];
     let connect =
         |(rank, world): (usize, &World)| Groups::connect(&world.transport(), rank, worlds.len(), &wanted).expect("a group").get(name);
@@ -44,28 +54,28 @@ fn groups(worlds: &[World], name: &str) -> Vec<Arc<dyn Group>> {
 }
 
 /// The last one to leave waits for the others, so all leave at the same time.
-fn leave(worlds: Vec<World>) {
+pub fn leave(worlds: Vec<World>) {
     std::thread::scope(|scope| worlds.into_iter().for_each(|world| drop(scope.spawn(move || drop(world)))));
 }
 
 #[test]
 fn sockets_agree_with_the_plain_tree() {
-    for size in 1..=8 {
+    for (size, worlds) in (1..=8).flat_map(|size| BOTH.map(|worlds| (size, worlds))) {
         let worlds = worlds(size, PATIENT);
         check(groups(&worlds, "small"), 37, size - 1, size as u64);
         check(groups(&worlds, "empty"), 0, 0, 1);
-        if size == 4 {
-            check(groups(&worlds, "large"), 70_000, 3, 2);
-        }
         leave(worlds);
     }
+    let worlds = worlds_apart(4, PATIENT);
+    check(groups(&worlds, "large"), 70_000, 3, 2);
+    leave(worlds);
 }
 
 proptest::proptest! {
     #![proptest_config(ProptestConfig { cases: 10, ..ProptestConfig::default() })]
     #[test]
     fn sockets_agree_for_any_size(size in 1usize..=8, slice in 0usize..1500, ragged in 0usize..9, seed in any::<u64>()) {
-        let worlds = worlds(size, PATIENT);
+        let worlds = BOTH[seed as usize % 2](size, PATIENT);
         check(groups(&worlds, "all"), slice, ragged, seed);
         leave(worlds);
     }
@@ -73,7 +83,12 @@ proptest::proptest! {
 
 #[test]
 fn calls_run_on_while_a_rank_computes() {
-    let worlds = worlds(2, PATIENT);
+    for worlds in BOTH {
+        calls_run_on(worlds(2, PATIENT));
+    }
+}
+
+fn calls_run_on(worlds: Vec<World>) {
     each(groups(&worlds, "all"), |group| {
         let early = group.all_reduce(ones(100_000), Reduction::Sum).expect("posted");
         if group.rank() == 0 {
@@ -90,7 +105,7 @@ fn calls_run_on_while_a_rank_computes() {
 #[test]
 fn a_silent_rank_is_named_over_sockets() {
     let deadline = Duration::from_millis(500);
-    for call in 0..3 {
+    for (call, worlds) in (0..3).flat_map(|call| BOTH.map(|worlds| (call, worlds))) {
         let worlds = worlds(3, deadline);
         let messages = errors(groups(&worlds, "dp"), deadline * 20, |group| {
             if group.rank() == 1 {
@@ -113,7 +128,7 @@ fn a_silent_rank_is_named_over_sockets() {
 
 #[test]
 fn different_calls_are_refused_over_sockets() {
-    for odd in 0..4 {
+    for (odd, worlds) in (0..4).flat_map(|odd| BOTH.map(|worlds| (odd, worlds))) {
         let worlds = worlds(3, PATIENT);
         let messages = errors(groups(&worlds, "all"), PATIENT / 2, |group| {
             let strange = group.rank() == 2;
@@ -153,9 +168,9 @@ fn a_receive_of_another_shape_is_refused_over_sockets() {
 #[test]
 fn faults_over_sockets_make_nobody_hang() {
     let deadline = Duration::from_millis(600);
-    for seed in 0..24 {
+    for seed in 0..32 {
         let size = 2 + seed as usize % 3;
-        let worlds = worlds(size, deadline);
+        let worlds = BOTH[seed as usize / 3 % 2](size, deadline);
         crate::faults::run(seed, deadline, groups(&worlds, "all"));
         leave(worlds);
     }
@@ -209,7 +224,7 @@ fn bad_wire(to: String, after: usize) -> String {
 fn a_flipped_bit_on_the_wire_is_noticed() {
     let stream = Stream::new(1, "bad wires");
     for round in 0..12 {
-        let worlds = worlds(2, PATIENT);
+        let worlds = worlds_apart(2, PATIENT);
         let key = "data address of rank 1";
         let place = String::from_utf8(worlds[0].store.get(key, PATIENT).expect("published")).expect("text");
         let wire = bad_wire(place, if round == 0 { 30 } else { stream.word(round) as usize % 200_000 });
@@ -292,7 +307,7 @@ fn part_of_a_process() {
 }
 
 /// This test binary once for each rank, as processes.
-fn processes(size: usize, deadline: Duration, what: &str) -> Vec<Child> {
+pub fn processes(size: usize, deadline: Duration, what: &str) -> Vec<Child> {
     let free = TcpListener::bind("127.0.0.1:0").expect("a free port").local_addr().expect("bound");
     let start = |rank: usize| {
         Command::new(std::env::current_exe().expect("the own path"))
@@ -308,7 +323,7 @@ fn processes(size: usize, deadline: Duration, what: &str) -> Vec<Child> {
 }
 
 /// Reads until a line holds `word`, and gives what follows it.
-fn hear(output: &mut impl BufRead, word: &str) -> String {
+pub fn hear(output: &mut impl BufRead, word: &str) -> String {
     let mut line = String::new();
     while output.read_line(&mut line).expect("a line") > 0 {
         if let Some((_, rest)) = line.split_once(word) {
