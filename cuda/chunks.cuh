@@ -43,7 +43,7 @@ template <typename T, bool PACKED> struct Columns {
 };
 
 // Block x of the grid sums the rows of its block of rows in the columns of tile y: WARP * COUNT columns, 512 bytes of a row. Each warp
-// takes every eighth row, four of them in flight; the eight sums of a column meet in shared memory and are added in the order of warps.
+// takes every eighth row, two of them in flight; the eight sums of a column meet in shared memory and are added in the order of warps.
 //
 // `term(row, columns, sums)` adds to `sums` what `row` gives to `columns`, which is a Columns<T, PACKED>, through columns.load. It is an
 // object with a template of operator(), as below: the compiler takes lambdas with `auto` for host code.
@@ -58,7 +58,7 @@ DEVICE void sum_block_of(float (*of_warps)[Columns<T, PACKED>::COUNT * Columns<T
   Mine mine = {tile + (PACKED ? lane() * COUNT : lane()), c};
   int rows = PACKED && mine.first >= c ? 0 : int(min(part - block * SUM_ROWS, size_t(SUM_ROWS)));
   float sums[COUNT] = {};
-#pragma unroll 4
+#pragma unroll 2
   for (int row = warp(); row < rows; row += SUM_WARPS) term(first + row, mine, sums);
 #pragma unroll
   for (int i = 0; i < COUNT; i++) of_warps[warp()][i * STRIDE + lane()] = sums[i];
