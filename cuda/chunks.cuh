@@ -13,7 +13,7 @@
 enum {
   SUM_THREADS = 256,
   SUM_WARPS = SUM_THREADS / WARP,
-  // As in src/ops/reduce.rs. Each warp sums every eighth of them.
+  // As in src/ops/chunks.rs. Each warp sums every eighth of them.
   SUM_ROWS = 64,
 };
 
@@ -79,7 +79,7 @@ template <typename T, typename Term> DEVICE void sum_block(float* partials, size
   else sum_block_of<T, false>(of_warps, partials, c, part, term);
 }
 
-// A kernel of the first pass looks like this; src/ops/reduce.rs launches it and the second pass (`gpu_chunks`):
+// A kernel of the first pass looks like this; src/ops/chunks.rs launches it and the second pass:
 //
 //   template <typename T> struct Itself {
 //     const T* dy;
