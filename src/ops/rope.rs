@@ -42,7 +42,14 @@ pub fn table(device: &Device, head_dim: usize, theta: f64, scaling: Scaling, pos
     match device {
         Device::Cpu(cpu) => {
             let out = Rows::new(table.view_mut().into_slice::<f32>(), head_dim);
-            over_rows(cpu, positions_max, 16 * head_dim, out, #[inline(always)] |positions, rows| fill(positions, rows, &frequencies));
+            over_rows(
+                cpu,
+                positions_max,
+                16 * head_dim,
+                out,
+                #[inline(always)]
+                |positions, rows| fill(positions, rows, &frequencies),
+            );
         }
         // Once in a run: a GPU is given what the host has computed, so that no bit is another.
         Device::Gpu(_) => {

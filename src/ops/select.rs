@@ -72,7 +72,14 @@ pub fn swap_blocks(x: View<'_>, outer: usize, inner: usize) -> Tensor {
 
 /// On a GPU, copies `outer` x `inner` blocks of elements with one launch. `to_steps` and `from_steps`: elements from one outer index to
 /// the next and from one inner index to the next.
-fn copy_blocks(gpu: &Gpu, to: ViewMut<'_>, from: View<'_>, [outer, inner, block]: [usize; 3], to_steps: [usize; 2], from_steps: [usize; 2]) {
+fn copy_blocks(
+    gpu: &Gpu,
+    to: ViewMut<'_>,
+    from: View<'_>,
+    [outer, inner, block]: [usize; 3],
+    to_steps: [usize; 2],
+    from_steps: [usize; 2],
+) {
     let size = from.dtype().bytes();
     let grid = Grid::over(outer * inner * block * size, 256 * 16, 256);
     let [bytes, to_outer, to_inner, from_outer, from_inner] =
