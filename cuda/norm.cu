@@ -116,13 +116,23 @@ template <typename T, bool LAYER> DEVICE void forward_packs(const Team<T>& team,
   constexpr int COUNT = Pack<T>::COUNT;
   size_t start = team.row * team.c;
   Pack<T> x[PACKS];
-  team.over_packs([&](int p, uint32_t column) {
-    x[p] = load_pack(of.x + start + column);
-    if (of.residual) {
-      x[p] = sum_of(x[p], load_pack(of.residual + start + column));
-      store_pack(of.x + start + column, x[p]);
+  team.over_packs([&](int p, uint32_t column) { x[p] = load_pack(of.x + start + column); });
+  if (of.residual) {
+    // Two packs of it at a time: there are no registers for all four.
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      Pack<T> residual[PACKS];
+      auto in_half = [=](int p) { return p / (PACKS / 2) == half; };
+      team.over_packs([&](int p, uint32_t column) {
+        if (in_half(p)) residual[p] = load_pack(of.residual + start + column);
+      });
+      team.over_packs([&](int p, uint32_t column) {
+        if (!in_half(p)) return;
+        x[p] = sum_of(x[p], residual[p]);
+        store_pack(of.x + start + column, x[p]);
+      });
     }
-  });
+  }
   float sum = 0.0f, squares = 0.0f;
   if (LAYER) {
     team.over_packs([&](int p, uint32_t) {

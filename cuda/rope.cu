@@ -29,7 +29,8 @@ template <typename T> DEVICE void turn_pack(T* left, size_t half, const float* c
 // cosines, then sines.
 //
 // A thread turns one pack of a head at a time; neighbours turn neighbouring packs, a grid strides over all. Each element is read and
-// written once; the table's row is read for each head, all but the first time from the first-level cache. Packs where half a head and
+// written once; the table's row is read for each head, all but the first time from the first-level cache. There a thread of bf16 or f16
+// reads 32 bytes of cosines in two accesses, each of half a sector, and sines likewise. Packs where half a head and
 // width are multiples of one, and x and the table start at multiples of 16 bytes; else pairs of elements. A position beyond the table ends
 // the kernel with an error.
 template <typename T>
