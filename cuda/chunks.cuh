@@ -26,6 +26,7 @@ template <typename T, bool PACKED> struct Columns {
     // that a warp reads lie in 32 banks in both orders of columns.
     STRIDE = WARP + WARP / COUNT,
   };
+  typedef float Sums[COUNT * STRIDE];
   size_t first, c;
 
   // What `row` has in these columns. Beyond its end stands its last element again, for sums that nobody asks for: so the loads of
@@ -48,10 +49,9 @@ template <typename T, bool PACKED> struct Columns {
 // `term(row, columns, sums)` adds to `sums` what `row` gives to `columns`, which is a Columns<T, PACKED>, through columns.load. It is an
 // object with a template of operator(), as below: the compiler takes lambdas with `auto` for host code.
 template <typename T, bool PACKED, typename Term>
-DEVICE void sum_block_of(float (*of_warps)[Columns<T, PACKED>::COUNT * Columns<T, PACKED>::STRIDE], float* partials, size_t c, size_t part, Term term) {
+DEVICE void sum_block_of(typename Columns<T, PACKED>::Sums* of_warps, float* partials, size_t c, size_t part, Term term) {
   using Mine = Columns<T, PACKED>;
-  constexpr int COUNT = Mine::COUNT, TILE = WARP * COUNT;
-  constexpr int STRIDE = Mine::STRIDE;
+  constexpr int COUNT = Mine::COUNT, STRIDE = Mine::STRIDE, TILE = WARP * COUNT;
   size_t blocks = (part + SUM_ROWS - 1) / SUM_ROWS, block = blockIdx.x % blocks;
   size_t first = blockIdx.x / blocks * part + block * SUM_ROWS;
   size_t tile = size_t(blockIdx.y) * TILE;
@@ -74,7 +74,7 @@ DEVICE void sum_block_of(float (*of_warps)[Columns<T, PACKED>::COUNT * Columns<T
 
 // `aligned`: all rows that `term` reads start at multiples of 16 bytes if c is a multiple of COUNT.
 template <typename T, typename Term> DEVICE void sum_block(float* partials, size_t c, size_t part, bool aligned, Term term) {
-  __shared__ float of_warps[SUM_WARPS][Columns<T, true>::COUNT * Columns<T, true>::STRIDE];
+  __shared__ typename Columns<T, true>::Sums of_warps[SUM_WARPS];
   if (aligned && c % Pack<T>::COUNT == 0) sum_block_of<T, true>(of_warps, partials, c, part, term);
   else sum_block_of<T, false>(of_warps, partials, c, part, term);
 }

@@ -4,7 +4,8 @@
 // A row is read once: its packs of 16 bytes, at most PACKS for each thread, stay in registers between the passes over it. The weight is
 // read for every row, by many rows at a time, so mostly from the first-level cache.
 //
-// Each thread adds up its own elements in order, then the threads' sums are added over the warp and over the team. Which elements are a
+// What is element by element has the CPU's roundings. Sums have another order, and terms are added in one rounding with their product:
+// each thread adds up its own elements in order, then the threads' sums are added over the warp and over the team. Which elements are a
 // thread's depends on c and the dtype alone: packs where c is a multiple of their size and they fit the team's registers, else single
 // elements. What cannot be read in packs, because a view starts between two multiples of 16 bytes, is read element by element, more than
 // once, in that same order; a warp's accesses then touch each sector several times, which the first-level cache answers. The same goes
@@ -17,6 +18,9 @@ enum {
   PACKS = 4,
   TEAM_MOST = 1024,
 };
+
+// Shared memory in which the warps of a team exchange at most two sums.
+typedef float Scratch[2][TEAM_MOST / WARP];
 
 // The threads that work on one row, and this one's share of it.
 template <typename T> struct Team {
@@ -50,18 +54,27 @@ template <typename T> struct Team {
     }
   }
 
-  // Every thread of the team gets the sums over it. `scratch`: shared, 2 floats for each warp.
-  DEVICE float2 sum(float2 x, float2* scratch) const {
-    x = {over_warp<Sum>(x.x), over_warp<Sum>(x.y)};
-    if (size == WARP) return x;
-    if (lane() == 0) scratch[warp()] = x;
+  // Every thread of the team gets the sums over it.
+  template <int SUMS> DEVICE void sum(float (&x)[SUMS], Scratch& scratch) const {
+#pragma unroll
+    for (int i = 0; i < SUMS; i++) x[i] = over_warp<Sum>(x[i]);
+    if (size == WARP) return;
+#pragma unroll
+    for (int i = 0; i < SUMS; i++) {
+      if (lane() == 0) scratch[i][warp()] = x[i];
+    }
     __syncthreads();
-    x = lane() < size / WARP ? scratch[lane()] : float2{0.0f, 0.0f};
+#pragma unroll
+    for (int i = 0; i < SUMS; i++) x[i] = over_warp<Sum>(lane() < size / WARP ? scratch[i][lane()] : 0.0f);
+    // The scratch may be used again.
     __syncthreads();
-    return {over_warp<Sum>(x.x), over_warp<Sum>(x.y)};
   }
 
-  DEVICE float sum(float x, float2* scratch) const { return sum(float2{x, 0.0f}, scratch).x; }
+  DEVICE float sum(float x, Scratch& scratch) const {
+    float one[1] = {x};
+    sum(one, scratch);
+    return one[0];
+  }
 };
 
 template <typename T, bool LAYER> DEVICE T normed(float x, float mean, float r, T w, T b) {
@@ -99,7 +112,7 @@ template <typename T> struct Forward {
   float eps;
 };
 
-template <typename T, bool LAYER> DEVICE float mean_of(const Team<T>& team, float sum, float2* scratch) {
+template <typename T, bool LAYER> DEVICE float mean_of(const Team<T>& team, float sum, Scratch& scratch) {
   return LAYER ? team.sum(sum, scratch) / float(team.c) : 0.0f;
 }
 
@@ -112,7 +125,7 @@ template <bool LAYER> DEVICE void write_statistics(float* stats, size_t row, flo
   }
 }
 
-template <typename T, bool LAYER> DEVICE void forward_packs(const Team<T>& team, const Forward<T>& of, float2* scratch) {
+template <typename T, bool LAYER> DEVICE void forward_packs(const Team<T>& team, const Forward<T>& of, Scratch& scratch) {
   constexpr int COUNT = Pack<T>::COUNT;
   size_t start = team.row * team.c;
   Pack<T> x[PACKS];
@@ -145,7 +158,7 @@ template <typename T, bool LAYER> DEVICE void forward_packs(const Team<T>& team,
 #pragma unroll
     for (int i = 0; i < COUNT; i++) {
       float centred = to_float(x[p].at[i]) - mean;
-      squares += centred * centred;
+      squares = fmaf(centred, centred, squares);
     }
   });
   float r = 1.0f / sqrtf(team.sum(squares, scratch) / float(team.c) + of.eps);
@@ -158,7 +171,7 @@ template <typename T, bool LAYER> DEVICE void forward_packs(const Team<T>& team,
   if (team.thread == 0) write_statistics<LAYER>(of.stats, team.row, mean, r);
 }
 
-template <typename T, bool LAYER> DEVICE void forward_elements(const Team<T>& team, const Forward<T>& of, float2* scratch) {
+template <typename T, bool LAYER> DEVICE void forward_elements(const Team<T>& team, const Forward<T>& of, Scratch& scratch) {
   T *x = of.x + team.row * team.c, *y = of.y + team.row * team.c;
   if (of.residual) {
     const T* residual = of.residual + team.row * team.c;
@@ -167,7 +180,10 @@ template <typename T, bool LAYER> DEVICE void forward_elements(const Team<T>& te
   float sum = 0.0f, squares = 0.0f;
   if (LAYER) team.over_elements([&](size_t i) { sum += to_float(x[i]); });
   float mean = mean_of<T, LAYER>(team, sum, scratch);
-  team.over_elements([&](size_t i) { squares += (to_float(x[i]) - mean) * (to_float(x[i]) - mean); });
+  team.over_elements([&](size_t i) {
+    float centred = to_float(x[i]) - mean;
+    squares = fmaf(centred, centred, squares);
+  });
   float r = 1.0f / sqrtf(team.sum(squares, scratch) / float(team.c) + of.eps);
   team.over_elements([&](size_t i) { y[i] = normed<T, LAYER>(to_float(x[i]), mean, r, of.w[i], LAYER ? of.b[i] : of.w[i]); });
   if (team.thread == 0) write_statistics<LAYER>(of.stats, team.row, mean, r);
@@ -176,7 +192,7 @@ template <typename T, bool LAYER> DEVICE void forward_elements(const Team<T>& te
 // y, stats <- x, with x += residual before where there is one. A team has one row. Bytes per element: x read and y written; with a
 // residual it is read too and x written. 4 or 8 bytes of statistics per row.
 template <typename T, bool LAYER> DEVICE void forward(const Forward<T>& of, size_t c, uint32_t size) {
-  __shared__ float2 scratch[TEAM_MOST / WARP];
+  __shared__ Scratch scratch;
   Team<T> team(size, c);
   // Teams of several warps are whole blocks: either all threads of a barrier leave here or none.
   if (team.row >= of.n) return;
@@ -262,7 +278,7 @@ template <typename T> DEVICE T gradient(Terms of, float flat, float along, float
   return from_float<T>(r * ((of.dh - flat) - of.h * along));
 }
 
-template <typename T, bool LAYER> DEVICE void backward_packs(const Team<T>& team, const Backward<T>& of, float2* scratch) {
+template <typename T, bool LAYER> DEVICE void backward_packs(const Team<T>& team, const Backward<T>& of, Scratch& scratch) {
   constexpr int COUNT = Pack<T>::COUNT;
   Statistics stats = statistics<LAYER>(of.stats, team.row);
   size_t start = team.row * team.c;
@@ -271,18 +287,20 @@ template <typename T, bool LAYER> DEVICE void backward_packs(const Team<T>& team
     dy[p] = load_pack(of.dy + start + column);
     x[p] = load_pack(of.x + start + column);
   });
-  float2 sums = {0.0f, 0.0f};
+  // The second, of dh alone, is the layer norm's.
+  constexpr int SUMS = LAYER ? 2 : 1;
+  float sums[SUMS] = {};
   team.over_packs([&](int p, uint32_t column) {
     Pack<T> w = load_pack(of.w + column);
 #pragma unroll
     for (int i = 0; i < COUNT; i++) {
       Terms each = terms(dy[p].at[i], x[p].at[i], w.at[i], stats);
-      if (LAYER) sums.x += each.dh;
-      sums.y += each.dh * each.h;
+      if (LAYER) sums[SUMS - 1] += each.dh;
+      sums[0] = fmaf(each.dh, each.h, sums[0]);
     }
   });
-  sums = team.sum(sums, scratch);
-  float flat = sums.x / float(team.c), along = sums.y / float(team.c);
+  team.sum(sums, scratch);
+  float along = sums[0] / float(team.c), flat = LAYER ? sums[SUMS - 1] / float(team.c) : 0.0f;
   team.over_packs([&](int p, uint32_t column) {
     forget(dy[p]);
     forget(x[p]);
@@ -294,18 +312,20 @@ template <typename T, bool LAYER> DEVICE void backward_packs(const Team<T>& team
   });
 }
 
-template <typename T, bool LAYER> DEVICE void backward_elements(const Team<T>& team, const Backward<T>& of, float2* scratch) {
+template <typename T, bool LAYER> DEVICE void backward_elements(const Team<T>& team, const Backward<T>& of, Scratch& scratch) {
   Statistics stats = statistics<LAYER>(of.stats, team.row);
   size_t start = team.row * team.c;
   const T *dy = of.dy + start, *x = of.x + start;
-  float2 sums = {0.0f, 0.0f};
+  // The second, of dh alone, is the layer norm's.
+  constexpr int SUMS = LAYER ? 2 : 1;
+  float sums[SUMS] = {};
   team.over_elements([&](size_t i) {
     Terms each = terms(dy[i], x[i], of.w[i], stats);
-    if (LAYER) sums.x += each.dh;
-    sums.y += each.dh * each.h;
+    if (LAYER) sums[SUMS - 1] += each.dh;
+    sums[0] = fmaf(each.dh, each.h, sums[0]);
   });
-  sums = team.sum(sums, scratch);
-  float flat = sums.x / float(team.c), along = sums.y / float(team.c);
+  team.sum(sums, scratch);
+  float along = sums[0] / float(team.c), flat = LAYER ? sums[SUMS - 1] / float(team.c) : 0.0f;
   team.over_elements([&](size_t i) {
     T dx = gradient<T>(terms(dy[i], x[i], of.w[i], stats), flat, along, stats.r);
     if (of.residual) dx = from_float<T>(to_float(dx) + to_float(of.residual[start + i]));
@@ -316,7 +336,7 @@ template <typename T, bool LAYER> DEVICE void backward_elements(const Team<T>& t
 // dx <- dy, x and the statistics, plus the residual where there is one. A team has one row. Bytes per element: dy and x read, dx written,
 // the residual read.
 template <typename T, bool LAYER> DEVICE void backward(const Backward<T>& of, size_t c, uint32_t size) {
-  __shared__ float2 scratch[TEAM_MOST / WARP];
+  __shared__ Scratch scratch;
   Team<T> team(size, c);
   if (team.row >= of.n) return;
   bool aligned = is_aligned(of.dx) && is_aligned(of.dy) && is_aligned(of.x) && is_aligned(of.w) && is_aligned(of.residual);
@@ -346,7 +366,7 @@ template <typename T, bool LAYER> struct WeightTerm {
     columns.load(dy + row * c, dys);
     columns.load(x + row * c, xs);
 #pragma unroll
-    for (int i = 0; i < Columns::COUNT; i++) sums[i] += dys[i] * ((xs[i] - of.mean) * of.r);
+    for (int i = 0; i < Columns::COUNT; i++) sums[i] = fmaf(dys[i], (xs[i] - of.mean) * of.r, sums[i]);
   }
 };
 
