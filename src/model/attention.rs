@@ -1,11 +1,13 @@
-//! The attention half of a block: norm, q|k|v, rotary positions, causal attention, o, and the residual.
+//! The attention half of a block: norm, q|k|v, rotary positions, causal attention, o.
 //!
 //! ```text
 //! normed = norm(x)                       [n, c]
 //! qkv    = rope(normed w_qkv^T + b)      [n, (h + 2 h_kv) d], cut by heads
 //! out    = attention(qkv)                [n, h d]
-//! y      = x + leave(out w_o^T) + b      [n, c]
+//! y      = leave(out w_o^T) + b          [n, c]
 //! ```
+//!
+//! The stream is then x + y: the norm of the feed-forward half adds them up, in the pass in which it reads them anyway.
 
 use crate::device::tensor::{Tensor, View};
 use crate::model::norm::Norm;
@@ -60,7 +62,7 @@ impl Saved {
 }
 
 impl Attention {
-    /// x [n, c] -> y [n, c]
+    /// x [n, c] -> y [n, c], which is to be added to x.
     pub fn forward(&self, w: Weights<'_>, x: Arc<Tensor>, tokens: Tokens<'_>) -> Result<(Tensor, Saved)> {
         let (normed, stats) = self.norm.forward(w, x.view());
         let normed = Arc::new(normed);
@@ -78,11 +80,10 @@ impl Attention {
         if let Some(bias) = self.o_bias {
             elementwise::add_row(y.view_mut(), w.get(bias));
         }
-        elementwise::add(y.view_mut(), x.view());
         Ok((y, Saved { x, stats: Arc::new(stats), normed: Some(normed), qkv, out: Arc::new(out), lse }))
     }
 
-    /// dy [n, c] -> dx [n, c]
+    /// dy [n, c], of the stream behind this half -> dx [n, c], of the stream before it.
     pub fn backward(&self, w: Weights<'_>, g: &mut Grads<'_>, saved: Saved, dy: Arc<Tensor>, tokens: Tokens<'_>) -> Result<Tensor> {
         let Saved { x, stats, normed, qkv, out, lse } = saved;
         let (t, rotated) = (tokens.t, self.heads.query + self.heads.kv);
@@ -113,9 +114,7 @@ impl Attention {
         let dnormed = self.region.column_parallel_backward(dqkv.view(), w.stack(&self.qkv), &stacked);
         drop(dqkv);
         let dnormed = self.region.enter_backward(dnormed, t)?;
-        let mut dx = self.norm.backward(w, g, dnormed, &x, &stats, stream_t);
-        elementwise::add(dx.view_mut(), dy.view());
-        Ok(dx)
+        Ok(self.norm.backward(w, g, dnormed, (&x, &stats), Some(dy.view()), stream_t))
     }
 
     fn mask<'a>(&self, tokens: Tokens<'a>) -> Mask<'a> {

@@ -55,8 +55,8 @@ impl Block {
     }
 
     fn run(&self, w: Weights<'_>, x: Arc<Tensor>, tokens: Tokens<'_>) -> Result<(Tensor, Saved)> {
-        let (x, attention) = self.attention.forward(w, x, tokens)?;
-        let (y, mlp) = self.mlp.forward(w, Arc::new(x), tokens.t)?;
+        let (attended, attention) = self.attention.forward(w, x, tokens)?;
+        let (y, mlp) = self.mlp.forward(w, attended, attention.x.view(), tokens.t)?;
         Ok((y, Saved { attention, mlp }))
     }
 }

@@ -49,10 +49,11 @@ impl Saved {
 }
 
 impl Mlp {
-    /// x [n, c] -> y [n, c]. `t`: rows of one sequence.
-    pub fn forward(&self, w: Weights<'_>, x: Arc<Tensor>, t: usize) -> Result<(Tensor, Saved)> {
-        let (normed, stats) = self.norm.forward(w, x.view());
-        let normed = Arc::new(normed);
+    /// x [n, c] -> y [n, c], where x = attended + before: what attention gave and the stream before it. `t`: rows of one sequence.
+    pub fn forward(&self, w: Weights<'_>, attended: Tensor, before: View<'_>, t: usize) -> Result<(Tensor, Saved)> {
+        let mut x = attended;
+        let (normed, stats) = self.norm.forward_add(w, x.view_mut(), before);
+        let (x, normed) = (Arc::new(x), Arc::new(normed));
         let entered = self.region.enter(&normed, t)?;
         let wide = match self.wide_bias {
             None => matmul::forward(entered.view(), w.stack(&self.wide), matmul::WHOLE),
@@ -100,9 +101,7 @@ impl Mlp {
         let dnormed = self.region.column_parallel_backward(dwide.view(), w.stack(&self.wide), &stacked);
         drop(dwide);
         let dnormed = self.region.enter_backward(dnormed, t)?;
-        let mut dx = self.norm.backward(w, g, dnormed, &x, &stats, stream_t);
-        elementwise::add(dx.view_mut(), dy.view());
-        Ok(dx)
+        Ok(self.norm.backward(w, g, dnormed, (&x, &stats), Some(dy.view()), stream_t))
     }
 
     fn activate(&self, wide: View<'_>) -> Tensor {

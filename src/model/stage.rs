@@ -241,7 +241,7 @@ impl Stage {
         drop(normed);
         self.now.loss.add(losses.view());
         let (w, mut g) = self.zero.held_weights_and_grads(head.norm_unit)?;
-        let dx = head.norm.backward(w, &mut g, dnormed, &Arc::new(x), &Arc::new(stats), self.region.stream_rows(self.t).len());
+        let dx = head.norm.backward(w, &mut g, dnormed, (&Arc::new(x), &Arc::new(stats)), None, self.region.stream_rows(self.t).len());
         let (unit, norm_unit) = (head.unit, head.norm_unit);
         self.zero.release(unit);
         self.zero.added(unit, slot.micro)?;

@@ -6,10 +6,14 @@
 //! ```
 //!
 //! The tanh form of gelu, x (1 + tanh u) / 2, is x s(2 u): the same function without a difference that cancels. All in f32, rounded once.
+//! On a GPU (`cuda/activation.cu`) the same roundings give the same bits.
 //!
 //! Invariant: element by element, so bits depend on nothing but the element.
 
+use crate::args;
 use crate::device::Device;
+use crate::device::gpu::driver::{Argument, Grid};
+use crate::device::gpu::{Gpu, kernel};
 use crate::device::tensor::{Tensor, View};
 use crate::dispatch;
 use crate::dtype::Element;
@@ -33,7 +37,7 @@ pub fn swiglu_forward(gate_up: View<'_>) -> Tensor {
                 }
             });
         }),
-        Device::Gpu(_) => panic!("not yet on a GPU"),
+        Device::Gpu(gpu) => launch(gpu, "activation_swiglu_forward", gate_up, n * f, &args![h.view_mut(), gate_up, n, f]),
         Device::Dry(_) => {}
     }
     h
@@ -64,7 +68,7 @@ pub fn swiglu_backward(dh: View<'_>, gate_up: View<'_>) -> Tensor {
                 }
             });
         }),
-        Device::Gpu(_) => panic!("not yet on a GPU"),
+        Device::Gpu(gpu) => launch(gpu, "activation_swiglu_backward", gate_up, n * f, &args![dgate_up.view_mut(), dh, gate_up, n, f]),
         Device::Dry(_) => {}
     }
     dgate_up
@@ -90,7 +94,7 @@ pub fn gelu_forward(x: View<'_>) -> Tensor {
                 gelu_row(y.elements, &xs[range]);
             });
         }),
-        Device::Gpu(_) => panic!("not yet on a GPU"),
+        Device::Gpu(gpu) => launch(gpu, "activation_gelu_forward", x, x.shape().numel(), &args![y.view_mut(), x, x.shape().numel()]),
         Device::Dry(_) => {}
     }
     y
@@ -115,7 +119,7 @@ pub fn gelu_backward(dy: View<'_>, x: View<'_>) -> Tensor {
                 gelu_backward_row(dx.elements, &dys[range.clone()], &xs[range]);
             });
         }),
-        Device::Gpu(_) => panic!("not yet on a GPU"),
+        Device::Gpu(gpu) => launch(gpu, "activation_gelu_backward", x, x.shape().numel(), &args![dx.view_mut(), dy, x, x.shape().numel()]),
         Device::Dry(_) => {}
     }
     dx
@@ -146,4 +150,9 @@ fn halves(gate_up: View<'_>) -> (usize, usize) {
     let columns = gate_up.shape().columns();
     assert!(columns.is_multiple_of(2), "gates and ups side by side in {columns} columns");
     (gate_up.shape().rows(), columns / 2)
+}
+
+/// Launches a kernel whose threads take a pack of x, 16 bytes, at a time.
+fn launch(gpu: &Gpu, pass: &str, x: View<'_>, elements: usize, arguments: &[Argument]) {
+    gpu.launch(&kernel(pass, x.dtype()), Grid::over(elements, 256 * 16 / x.dtype().bytes(), 256), arguments);
 }

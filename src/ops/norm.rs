@@ -8,15 +8,25 @@
 //!
 //! x, w, b, y, dy, dx have one dtype; r, m and dw are f32. Sums over a row are f32, in lanes (functions.rs).
 //!
+//! On a GPU (`cuda/norm.cu`) sums over a row have another order, which depends on c and the dtype alone.
+//!
 //! Invariant: a row's result depends on that row alone, and `*_again` gives the bits of `*_forward`.
 
+use crate::args;
 use crate::device::Device;
+use crate::device::gpu::driver::{Argument, Grid};
+use crate::device::gpu::{Gpu, kernel};
 use crate::device::tensor::{Tensor, View, ViewMut};
 use crate::dispatch;
 use crate::dtype::{Dtype, Element};
+use crate::ops::chunks::GpuChunks;
+use crate::ops::elementwise;
 use crate::ops::functions::{sum, sums_of_three};
 use crate::ops::reduce::{add_by_chunks, check_chunks};
 use crate::ops::rows::{Rows, over_rows};
+
+/// Where a kernel takes an address: nothing to add.
+const NONE: usize = 0;
 
 /// x [n, c], w [c] -> y [n, c], r f32 [n]
 pub fn rms_forward(x: View<'_>, w: View<'_>, eps: f32) -> (Tensor, Tensor) {
@@ -35,9 +45,24 @@ pub fn rms_forward(x: View<'_>, w: View<'_>, eps: f32) -> (Tensor, Tensor) {
                 }
             });
         }),
-        Device::Gpu(_) => panic!("not yet on a GPU"),
+        Device::Gpu(gpu) => launch(gpu, "norm_rms_forward", x, &args![y.view_mut(), r.view_mut(), x, NONE, w, n, c, eps, team(x)]),
         Device::Dry(_) => {}
     }
+    (y, r)
+}
+
+/// x += addend, then `rms_forward` of that, with the bits of the two; on a GPU in one pass.
+pub fn rms_forward_add(mut x: ViewMut<'_>, addend: View<'_>, w: View<'_>, eps: f32) -> (Tensor, Tensor) {
+    let (n, c) = check_rows(x.view(), w);
+    check_like(addend, x.view());
+    let Device::Gpu(gpu) = x.device() else {
+        elementwise::add(x.again(), addend);
+        return rms_forward(x.view(), w, eps);
+    };
+    let mut y = x.device().empty(x.shape(), x.dtype());
+    let mut r = x.device().empty([n], Dtype::F32);
+    let team = team(x.view());
+    launch(gpu, "norm_rms_forward", x.view(), &args![y.view_mut(), r.view_mut(), &x, addend, w, n, c, eps, team]);
     (y, r)
 }
 
@@ -55,7 +80,7 @@ pub fn rms_again(x: View<'_>, w: View<'_>, r: View<'_>) -> Tensor {
                 }
             });
         }),
-        Device::Gpu(_) => panic!("not yet on a GPU"),
+        Device::Gpu(gpu) => launch(gpu, "norm_rms_again", x, &args![y.view_mut(), x, w, r, n, c, team(x)]),
         Device::Dry(_) => {}
     }
     y
@@ -71,7 +96,7 @@ fn rms_row<T: Element>(y: &mut [T], x: &[T], w: &[T], r: f32) {
 /// dy [n, c] -> dx [n, c]
 pub fn rms_backward(dy: View<'_>, x: View<'_>, w: View<'_>, r: View<'_>) -> Tensor {
     let (n, c) = check_rows(x, w);
-    check_gradient(dy, x);
+    check_like(dy, x);
     check_statistics(r, n, 1);
     let mut dx = x.device().empty(x.shape(), x.dtype());
     match x.device() {
@@ -84,9 +109,25 @@ pub fn rms_backward(dy: View<'_>, x: View<'_>, w: View<'_>, r: View<'_>) -> Tens
                 }
             });
         }),
-        Device::Gpu(_) => panic!("not yet on a GPU"),
+        Device::Gpu(gpu) => launch(gpu, "norm_rms_backward", x, &args![dx.view_mut(), dy, x, w, r, NONE, n, c, team(x)]),
         Device::Dry(_) => {}
     }
+    dx
+}
+
+/// `rms_backward`, then += addend, with the bits of the two; on a GPU in one pass.
+pub fn rms_backward_add(dy: View<'_>, x: View<'_>, w: View<'_>, r: View<'_>, addend: View<'_>) -> Tensor {
+    let (n, c) = check_rows(x, w);
+    check_like(addend, x);
+    let Device::Gpu(gpu) = x.device() else {
+        let mut dx = rms_backward(dy, x, w, r);
+        elementwise::add(dx.view_mut(), addend);
+        return dx;
+    };
+    check_like(dy, x);
+    check_statistics(r, n, 1);
+    let mut dx = x.device().empty(x.shape(), x.dtype());
+    launch(gpu, "norm_rms_backward", x, &args![dx.view_mut(), dy, x, w, r, addend, n, c, team(x)]);
     dx
 }
 
@@ -110,8 +151,9 @@ fn rms_backward_row<T: Element>(dx: &mut [T], dy: &[T], x: &[T], w: &[T], r: f32
 pub fn rms_backward_weight(dw: ViewMut<'_>, dy: View<'_>, x: View<'_>, r: View<'_>, t: usize) {
     let (n, c) = (x.shape().rows(), x.shape().columns());
     check_chunks(&dw, n, c, t);
-    check_gradient(dy, x);
+    check_like(dy, x);
     check_statistics(r, n, 1);
+    let sums = GpuChunks::new(&dw, x, t);
     match x.device() {
         Device::Cpu(_) => dispatch!(x.dtype(), T => {
             let (dy, x, r) = (dy.slice::<T>(), x.slice::<T>(), r.slice::<f32>());
@@ -120,7 +162,7 @@ pub fn rms_backward_weight(dw: ViewMut<'_>, dy: View<'_>, x: View<'_>, r: View<'
                 add_weight_row(sums, dy, x, 0.0, r);
             });
         }),
-        Device::Gpu(_) => panic!("not yet on a GPU"),
+        Device::Gpu(gpu) => sums.add(gpu, dw, "norm_rms_backward_weight", &args![dy, x, r]),
         Device::Dry(_) => {}
     }
 }
@@ -145,9 +187,25 @@ pub fn layer_forward(x: View<'_>, w: View<'_>, b: View<'_>, eps: f32) -> (Tensor
                 }
             });
         }),
-        Device::Gpu(_) => panic!("not yet on a GPU"),
+        Device::Gpu(gpu) => launch(gpu, "norm_layer_forward", x, &args![y.view_mut(), stats.view_mut(), x, NONE, w, b, n, c, eps, team(x)]),
         Device::Dry(_) => {}
     }
+    (y, stats)
+}
+
+/// x += addend, then `layer_forward` of that, with the bits of the two; on a GPU in one pass.
+pub fn layer_forward_add(mut x: ViewMut<'_>, addend: View<'_>, w: View<'_>, b: View<'_>, eps: f32) -> (Tensor, Tensor) {
+    let (n, c) = check_rows(x.view(), w);
+    check_rows(x.view(), b);
+    check_like(addend, x.view());
+    let Device::Gpu(gpu) = x.device() else {
+        elementwise::add(x.again(), addend);
+        return layer_forward(x.view(), w, b, eps);
+    };
+    let mut y = x.device().empty(x.shape(), x.dtype());
+    let mut stats = x.device().empty([n, 2], Dtype::F32);
+    let team = team(x.view());
+    launch(gpu, "norm_layer_forward", x.view(), &args![y.view_mut(), stats.view_mut(), &x, addend, w, b, n, c, eps, team]);
     (y, stats)
 }
 
@@ -166,7 +224,7 @@ pub fn layer_again(x: View<'_>, w: View<'_>, b: View<'_>, stats: View<'_>) -> Te
                 }
             });
         }),
-        Device::Gpu(_) => panic!("not yet on a GPU"),
+        Device::Gpu(gpu) => launch(gpu, "norm_layer_again", x, &args![y.view_mut(), x, w, b, stats, n, c, team(x)]),
         Device::Dry(_) => {}
     }
     y
@@ -183,7 +241,7 @@ fn layer_row<T: Element>(y: &mut [T], x: &[T], w: &[T], b: &[T], stats: &[f32]) 
 /// dy [n, c] -> dx [n, c]
 pub fn layer_backward(dy: View<'_>, x: View<'_>, w: View<'_>, stats: View<'_>) -> Tensor {
     let (n, c) = check_rows(x, w);
-    check_gradient(dy, x);
+    check_like(dy, x);
     check_statistics(stats, n, 2);
     let mut dx = x.device().empty(x.shape(), x.dtype());
     match x.device() {
@@ -197,9 +255,25 @@ pub fn layer_backward(dy: View<'_>, x: View<'_>, w: View<'_>, stats: View<'_>) -
                 }
             });
         }),
-        Device::Gpu(_) => panic!("not yet on a GPU"),
+        Device::Gpu(gpu) => launch(gpu, "norm_layer_backward", x, &args![dx.view_mut(), dy, x, w, stats, NONE, n, c, team(x)]),
         Device::Dry(_) => {}
     }
+    dx
+}
+
+/// `layer_backward`, then += addend, with the bits of the two; on a GPU in one pass.
+pub fn layer_backward_add(dy: View<'_>, x: View<'_>, w: View<'_>, stats: View<'_>, addend: View<'_>) -> Tensor {
+    let (n, c) = check_rows(x, w);
+    check_like(addend, x);
+    let Device::Gpu(gpu) = x.device() else {
+        let mut dx = layer_backward(dy, x, w, stats);
+        elementwise::add(dx.view_mut(), addend);
+        return dx;
+    };
+    check_like(dy, x);
+    check_statistics(stats, n, 2);
+    let mut dx = x.device().empty(x.shape(), x.dtype());
+    launch(gpu, "norm_layer_backward", x, &args![dx.view_mut(), dy, x, w, stats, addend, n, c, team(x)]);
     dx
 }
 
@@ -223,8 +297,9 @@ fn layer_backward_row<T: Element>(dx: &mut [T], dy: &[T], x: &[T], w: &[T], mean
 pub fn layer_backward_weight(dw: ViewMut<'_>, dy: View<'_>, x: View<'_>, stats: View<'_>, t: usize) {
     let (n, c) = (x.shape().rows(), x.shape().columns());
     check_chunks(&dw, n, c, t);
-    check_gradient(dy, x);
+    check_like(dy, x);
     check_statistics(stats, n, 2);
+    let sums = GpuChunks::new(&dw, x, t);
     match x.device() {
         Device::Cpu(_) => dispatch!(x.dtype(), T => {
             let (dy, x, stats) = (dy.slice::<T>(), x.slice::<T>(), stats.slice::<f32>());
@@ -234,7 +309,7 @@ pub fn layer_backward_weight(dw: ViewMut<'_>, dy: View<'_>, x: View<'_>, stats: 
                 add_weight_row(sums, dy, x, mean, r);
             });
         }),
-        Device::Gpu(_) => panic!("not yet on a GPU"),
+        Device::Gpu(gpu) => sums.add(gpu, dw, "norm_layer_backward_weight", &args![dy, x, stats]),
         Device::Dry(_) => {}
     }
 }
@@ -254,10 +329,23 @@ fn check_rows(x: View<'_>, w: View<'_>) -> (usize, usize) {
     (n, c)
 }
 
-fn check_gradient(dy: View<'_>, x: View<'_>) {
-    assert_eq!((dy.shape(), dy.dtype()), (x.shape(), x.dtype()), "a gradient is like its value");
+fn check_like(dy: View<'_>, x: View<'_>) {
+    assert_eq!((dy.shape(), dy.dtype()), (x.shape(), x.dtype()), "what goes with rows is like them");
 }
 
 fn check_statistics(stats: View<'_>, n: usize, each: usize) {
     assert_eq!((stats.shape().numel(), stats.dtype()), (n * each, Dtype::F32), "{each} statistics for each of {n} rows");
+}
+
+/// How many threads of a GPU work on one row of x: a power of two, 32 to 1024, so that each has at most four packs of 16 bytes.
+fn team(x: View<'_>) -> u32 {
+    let packs = x.shape().columns().div_ceil(16 / x.dtype().bytes());
+    packs.div_ceil(4).next_power_of_two().clamp(32, 1024) as u32
+}
+
+/// Launches a kernel that gives each row of x a team. Teams of one warp share a block.
+fn launch(gpu: &Gpu, pass: &str, x: View<'_>, arguments: &[Argument]) {
+    let rows_of_block = if team(x) == 32 { 8 } else { 1 };
+    let blocks = x.shape().rows().div_ceil(rows_of_block);
+    gpu.launch(&kernel(pass, x.dtype()), Grid::blocks(blocks, team(x) * rows_of_block as u32), arguments);
 }

@@ -6,16 +6,21 @@
 //! ```
 //!
 //! Frequencies and angles are f32, as there; sine and cosine are exact to the last place of f32, and stay f32 in the products.
+//! On a GPU (`cuda/rope.cu`) the same roundings give the same bits.
 //!
 //! Invariant: element by element, so bits depend on nothing but head, position and table.
 
+use crate::args;
 use crate::device::Device;
+use crate::device::gpu::driver::Grid;
+use crate::device::gpu::kernel;
 use crate::device::tensor::{Tensor, View, ViewMut};
 use crate::dispatch;
 use crate::dtype::{Dtype, Element};
 use crate::ops::functions::{power, sine_cosine};
 use crate::ops::rows::{Rows, over_rows};
 use std::f32::consts::TAU;
+use std::ops::Range;
 
 /// How frequencies are stretched for contexts longer than the model was first trained on.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -43,21 +48,30 @@ pub fn table(device: &Device, head_dim: usize, theta: f64, scaling: Scaling, pos
                 16 * head_dim,
                 out,
                 #[inline(always)]
-                |positions, rows| {
-                    for (position, row) in positions.zip(rows.each()) {
-                        let (cosines, sines) = row.split_at_mut(head_dim / 2);
-                        for ((cosine, sine), frequency) in cosines.iter_mut().zip(sines).zip(&frequencies) {
-                            let (s, c) = sine_cosine((position as f32 * frequency) as f64);
-                            (*cosine, *sine) = (c as f32, s as f32);
-                        }
-                    }
-                },
+                |positions, rows| fill(positions, rows, &frequencies),
             );
         }
-        Device::Gpu(_) => panic!("not yet on a GPU"),
+        // Once in a run: a GPU is given what the host has computed, so that no bit is another.
+        Device::Gpu(_) => {
+            let mut numbers = vec![0f32; positions_max * head_dim];
+            fill(0..positions_max, Rows::new(&mut numbers, head_dim), &frequencies);
+            table.view_mut().write(&numbers);
+        }
         Device::Dry(_) => {}
     }
     table
+}
+
+/// The rows of the table for `positions`.
+#[inline(always)]
+fn fill(positions: Range<usize>, rows: Rows<'_, f32>, frequencies: &[f32]) {
+    for (position, row) in positions.zip(rows.each()) {
+        let (cosines, sines) = row.split_at_mut(frequencies.len());
+        for ((cosine, sine), frequency) in cosines.iter_mut().zip(sines).zip(frequencies) {
+            let (s, c) = sine_cosine((position as f32 * frequency) as f64);
+            (*cosine, *sine) = (c as f32, s as f32);
+        }
+    }
 }
 
 /// Radians by which each pair of a head turns from one position to the next.
@@ -112,7 +126,13 @@ fn turn(mut x: ViewMut<'_>, heads: usize, head_dim: usize, table: View<'_>, posi
                 }
             });
         }),
-        Device::Gpu(_) => panic!("not yet on a GPU"),
+        Device::Gpu(gpu) => {
+            let narrow = |x: usize| u32::try_from(x).expect("heads and positions are far fewer");
+            let half = head_dim / 2;
+            let grid = Grid::over(n * heads * half, 256 * 16 / x.dtype().bytes(), 256);
+            let numbers = args![&x, table, positions, n, width, narrow(heads), narrow(half), narrow(most), direction];
+            gpu.launch(&kernel("rope_turn", x.dtype()), grid, &numbers);
+        }
         Device::Dry(_) => {}
     }
 }

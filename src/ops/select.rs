@@ -1,7 +1,10 @@
 //! Rearranging: ranges of columns side by side, ranges of rows one below the other, blocks in another order. Copies, bit for bit.
 
+use crate::args;
 use crate::device::Device;
-use crate::device::tensor::{Tensor, View};
+use crate::device::gpu::Gpu;
+use crate::device::gpu::driver::Grid;
+use crate::device::tensor::{Tensor, View, ViewMut};
 use crate::dispatch;
 use std::ops::Range;
 
@@ -21,7 +24,15 @@ pub fn columns(x: View<'_>, ranges: &[Range<usize>]) -> Tensor {
                 }
             }
         }),
-        Device::Gpu(_) => panic!("not yet on a GPU"),
+        Device::Gpu(gpu) => {
+            let mut at = 0;
+            for range in ranges.iter().filter(|range| n > 0 && !range.is_empty()) {
+                let to = y.view_mut().part(at..n * width, [n * width - at]);
+                let from = x.part(range.start..n * k, [n * k - range.start]);
+                copy_blocks(gpu, to, from, [n, 1, range.len()], [width, 0], [k, 0]);
+                at += range.len();
+            }
+        }
         Device::Dry(_) => {}
     }
     y
@@ -45,6 +56,11 @@ pub fn swap_blocks(x: View<'_>, outer: usize, inner: usize) -> Tensor {
     assert_eq!(n % (outer * inner), 0, "{n} rows in {outer} x {inner} blocks");
     let height = n / (outer * inner);
     let mut y = x.device().empty(x.shape(), x.dtype());
+    if let Device::Gpu(gpu) = x.device() {
+        let block = height * x.shape().columns();
+        copy_blocks(gpu, y.view_mut(), x, [outer, inner, block], [block, outer * block], [inner * block, block]);
+        return y;
+    }
     for a in 0..outer {
         for b in 0..inner {
             let (from, to) = ((a * inner + b) * height, (b * outer + a) * height);
@@ -52,6 +68,23 @@ pub fn swap_blocks(x: View<'_>, outer: usize, inner: usize) -> Tensor {
         }
     }
     y
+}
+
+/// On a GPU, copies `outer` x `inner` blocks of elements with one launch. `to_steps` and `from_steps`: elements from one outer index to
+/// the next and from one inner index to the next.
+fn copy_blocks(
+    gpu: &Gpu,
+    to: ViewMut<'_>,
+    from: View<'_>,
+    [outer, inner, block]: [usize; 3],
+    to_steps: [usize; 2],
+    from_steps: [usize; 2],
+) {
+    let size = from.dtype().bytes();
+    let grid = Grid::over(outer * inner * block * size, 256 * 16, 256);
+    let [bytes, to_outer, to_inner, from_outer, from_inner] =
+        [block, to_steps[0], to_steps[1], from_steps[0], from_steps[1]].map(|elements| elements * size);
+    gpu.launch("select_blocks", grid, &args![to, from, outer, inner, bytes, to_outer, to_inner, from_outer, from_inner]);
 }
 
 #[cfg(test)]

@@ -1,7 +1,11 @@
 //! Every op on a GPU gives what it gives on the CPU: the kernels' PTX, executed by the emulator in a fixed order of threads, in eight random
 //! ones, and with every check on.
 
+mod activation;
 mod elementwise;
+mod norm;
+mod rope;
+mod select;
 
 use ferrotron::device::Device;
 use ferrotron::device::gpu::emulated::Emulated;
