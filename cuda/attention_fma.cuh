@@ -38,7 +38,7 @@ template <int D> DEVICE void multiply_floats(float (&products)[2][2], const floa
   a += y_of_block() * FmaTile<D>::STRIDE, b += x_of_block() * FmaTile<D>::STRIDE;
 #pragma unroll
   for (int i = 0; i < 4; i++) products[i / 2][i % 2] = 0.0f;
-#pragma unroll 2
+#pragma unroll 4
   for (int k = 0; k < D; k += 4) {
     float4 left[2], right[2];
 #pragma unroll
@@ -78,7 +78,7 @@ template <int D> struct FmaSums {
   // += weights tile
   DEVICE void add(const float* weights, const float* tile) {
     weights += y_of_block() * WEIGHT_STRIDE, tile += x_of_block() * 4;
-#pragma unroll 2
+#pragma unroll 4
     for (int k = 0; k < FMA_ROWS; k++) {
 #pragma unroll
       for (int part = 0; part < D / 64; part++) {

@@ -260,7 +260,7 @@ DEVICE void forward_fma(float* o, float* lse, const float* qkv, const uint32_t* 
 
 // `scale` is that of scores, for base 2. Blocks: tiles of queries (128, f32: 32) x heads x sequences.
 #define FORWARD_OF(D, T, suffix, threads, how) \
-  KERNEL(threads) attention_forward_##D##_##suffix( \
+  KERNEL_ALONE(threads) attention_forward_##D##_##suffix( \
       T* o, float* lse, const T* qkv, const uint32_t* starts, uint32_t t, uint32_t query, uint32_t kv, uint32_t dim, uint32_t window, \
       uint32_t section, float scale) { \
     how(o, lse, qkv, starts, {t, query, kv, dim, window, section}, scale); \
