@@ -21,7 +21,7 @@ template <int D> struct Forward {
     WARPS = D <= 128 ? 4 : 8,
     THREADS = WARPS * WARP,
     QUERIES = 128,
-    KEYS = D <= 128 ? 64 : 32,
+    KEYS = D <= 96 ? 64 : D <= 128 ? 48 : 32,
     QUERY_BYTES = QUERIES * D * 2,
     KEY_BYTES = KEYS * D * 2,
     // While one tile is worked on, two are on their way.
@@ -108,67 +108,51 @@ DEVICE void forward(T* o, float* lse, const T* qkv, const uint32_t* starts, cons
   const Place place(geometry, geometry.query, tiles);
   // The last tile has most keys to see, and comes first.
   const uint32_t begin = (tiles - 1 - place.tile) * F::QUERIES, end = min(t, begin + F::QUERIES);
-  const size_t row = size_t(place.sequence) * t, stride = geometry.columns();
-  const uint32_t key_head = geometry.query + place.head / (geometry.query / geometry.kv);
-  const T* qs = qkv + row * stride;
-  const Rows<T> q(qs + size_t(place.head) * geometry.dim, stride, geometry.dim);
-  const Rows<T> k(qs + size_t(key_head) * geometry.dim, stride, geometry.dim);
-  const Rows<T> v(qs + size_t(key_head + geometry.kv) * geometry.dim, stride, geometry.dim);
-
-  for (uint32_t i = threadIdx.x; i < F::QUERIES; i += F::THREADS) first_keys[i] = geometry.first_key_of(starts + row, begin + i);
-  __syncthreads();
-  uint32_t lowest = first_keys[lane()];
-  for (int i = lane(); i < F::QUERIES; i += WARP) lowest = min(lowest, first_keys[i]);
-  lowest = lowest_of_warp(lowest);
-  // What this warp's rows see: from `low` on, and from `high` on all do.
+  const size_t row = size_t(place.sequence) * t;
+  const uint32_t k_head = geometry.query + place.head / (geometry.query / geometry.kv), v_head = k_head + geometry.kv;
+  const Seen seen = what_is_seen<F::QUERIES, F::THREADS, ROWS>(first_keys, geometry, starts + row, begin);
   const uint32_t warp_row = warp() * ROWS, warp_begin = begin + warp_row;
-  const uint32_t low = lowest_of_warp(first_keys[warp_row + lane() % ROWS]), high = highest_of_warp(first_keys[warp_row + lane() % ROWS]);
-
   const uint32_t q_tile = shared_address(shared), ring = q_tile + F::QUERY_BYTES;
   const uint32_t q_lane = q_tile + warp_row * D * 2 + rows_of_lane<D>();
   // Tiles of keys and values take turns in the ring; `slot` is that of the tile worked on.
   uint32_t slot = 0;
-  auto ahead = [&](const Rows<T>& rows, uint32_t first) {
-    uint32_t free = slot == 0 ? 2 : slot - 1;
-    if (first < end) load_tile<T, D, F::KEYS, F::THREADS>(ring + free * F::KEY_BYTES, rows, first, end);
+  auto load = [&](uint32_t tile, uint32_t head, uint32_t first) {
+    if (first < end) {
+      load_tile<T, D, F::KEYS, F::THREADS>(tile, rows_of(qkv, geometry, place.sequence, head, geometry.heads()), first, end);
+    }
     end_copies();
   };
-  auto next = [&](const Rows<T>& rows, uint32_t first) {
-    // The tile to work on is there, and all warps have left the one before it.
+  auto next = [&](uint32_t head, uint32_t first) {
+    // The tile to work on is there, and all warps have left the one before it, whose place is free.
     await_copies<1>();
     __syncthreads();
-    ahead(rows, first);
+    load(ring + (slot == 0 ? F::RING - 1 : slot - 1) * F::KEY_BYTES, head, first);
     uint32_t tile = ring + slot * F::KEY_BYTES;
-    slot = slot == 2 ? 0 : slot + 1;
+    slot = slot == F::RING - 1 ? 0 : slot + 1;
     return tile;
   };
-  uint32_t key = lowest / F::KEYS * F::KEYS;
-  load_tile<T, D, F::QUERIES, F::THREADS>(q_tile, q, begin, end);
-  load_tile<T, D, F::KEYS, F::THREADS>(ring, k, key, end);
-  end_copies();
-  load_tile<T, D, F::KEYS, F::THREADS>(ring + F::KEY_BYTES, v, key, end);
-  end_copies();
+  uint32_t key = seen.of_block / F::KEYS * F::KEYS;
+  const Rows<T> queries = rows_of(qkv, geometry, place.sequence, place.head, geometry.heads());
+  load_tile<T, D, F::QUERIES, F::THREADS>(q_tile, queries, begin, end);
+  load(ring, k_head, key);
+  load(ring + F::KEY_BYTES, v_head, key);
 
   Softmax<F::ROW_TILES> softmax;
   Sums<F::ROW_TILES, D / 8> totals;
   totals.clear();
   for (; key < end; key += F::KEYS) {
-    const bool seen = key < warp_begin + ROWS && key + F::KEYS > low;
-    const uint32_t k_tile = next(k, key + F::KEYS);
+    const bool any = key < warp_begin + ROWS && key + F::KEYS > seen.of_warp;
+    const uint32_t k_tile = next(k_head, key + F::KEYS);
     Sums<F::ROW_TILES, F::KEYS / 8> scores;
-    if (seen) {
-      scores.clear();
-      multiply_rows<T, D>(scores, q_lane, k_tile + columns_of_lane<D>());
-      if (key + F::KEYS > warp_begin + 1 || key < high) {
-        scores.over([&](int m, int n, int i, float& score) {
-          uint32_t of_warp = m * 16 + i / 2 * 8 + lane() / 4, column = key + n * 8 + lane() % 4 * 2 + i % 2;
-          if (column > warp_begin + of_warp || column < first_keys[warp_row + of_warp]) score = -INFINITY;
-        });
-      }
+    scores.clear();
+    if (any) {
+      multiply_rows<T, D, D / 16>(scores, q_lane, k_tile + columns_of_lane<D>());
+      if (key + F::KEYS > warp_begin + 1 || key < seen.by_all) hide(scores, first_keys + warp_row, warp_begin, key);
       softmax.step(scores, totals, scale);
     }
-    const uint32_t v_tile = next(v, key + F::KEYS);
-    if (seen) multiply_columns<T, D>(totals, scores, v_tile + rows_of_lane<D>());
+    const Rounded<T, F::ROW_TILES, F::KEYS / 8> weights(scores);
+    const uint32_t v_tile = next(v_head, key + F::KEYS);
+    if (any) multiply_columns<D>(totals, weights, v_tile + rows_of_lane<D>());
   }
 
   const size_t o_stride = size_t(geometry.query) * geometry.dim;
@@ -185,9 +169,10 @@ DEVICE void forward(T* o, float* lse, const T* qkv, const uint32_t* starts, cons
   }
   // Results go by the queries' own place, whose rows only this warp reads.
   const uint32_t mine = q_tile + warp_row * D * 2;
+  __syncwarp();
   store_sums<T, D>(totals, mine, [&](int m, int half) { return inverse[m][half]; });
   T* to = o + (row + warp_begin) * o_stride + size_t(place.head) * geometry.dim;
-  store_rows<T, D>(to, o_stride, geometry.dim, mine, 0, ROWS, end > warp_begin ? end - warp_begin : 0);
+  store_rows<T, D, ROWS, D>(to, o_stride, geometry.dim, mine, end > warp_begin ? end - warp_begin : 0);
 }
 
 // The same with fused multiply-adds: 32 queries and 32 keys at a time, and a running maximum.
@@ -199,7 +184,7 @@ DEVICE void forward_fma(float* o, float* lse, const float* qkv, const uint32_t* 
   const uint32_t t = geometry.t, dim = geometry.dim, tiles = (t + FMA_ROWS - 1) / FMA_ROWS;
   const Place place(geometry, geometry.query, tiles);
   const uint32_t begin = (tiles - 1 - place.tile) * FMA_ROWS, end = min(t, begin + FMA_ROWS);
-  const size_t row = size_t(place.sequence) * t, stride = geometry.columns();
+  const size_t row = size_t(place.sequence) * t, stride = size_t(geometry.heads()) * dim;
   const uint32_t key_head = geometry.query + place.head / (geometry.query / geometry.kv);
   const float* qs = qkv + row * stride;
   const float* ks = qs + size_t(key_head) * dim;

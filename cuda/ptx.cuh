@@ -74,7 +74,7 @@ DEVICE void copy_4_async(uint32_t to, const void* from, uint32_t bytes) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(__cvta_generic_to_global(from)), "r"(bytes) : "memory");
 }
 
-// 16 aligned bytes, or 4.
+// 16 aligned bytes, or 8, or 4.
 DEVICE void store_16_shared(uint32_t to, uint4 x) {
   asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w) : "memory");
 }
@@ -82,6 +82,18 @@ DEVICE void store_16_shared(uint32_t to, uint4 x) {
 DEVICE uint4 load_16_shared(uint32_t from) {
   uint4 x;
   asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "r"(from) : "memory");
+  return x;
+}
+
+DEVICE uint2 load_8_shared(uint32_t from) {
+  uint2 x;
+  asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(x.x), "=r"(x.y) : "r"(from) : "memory");
+  return x;
+}
+
+DEVICE uint32_t load_4_shared(uint32_t from) {
+  uint32_t x;
+  asm volatile("ld.shared.b32 %0, [%1];" : "=r"(x) : "r"(from) : "memory");
   return x;
 }
 
@@ -122,8 +134,14 @@ DEVICE void multiply_f16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uin
 // Ends the kernel with an error.
 DEVICE void trap() { asm volatile("trap;"); }
 
-// The same address, of which the compiler does not know where it came from: it cannot keep a register for each of a loop's addresses.
+// The same value, of which the compiler does not know where it came from: what a loop computes from it, it computes each time, and no
+// registers are held for that.
 template <typename T> DEVICE const T* opaque(const T* address) {
-  asm("" : "+l"(address));
+  asm volatile("" : "+l"(address));
   return address;
+}
+
+DEVICE uint32_t opaque(uint32_t x) {
+  asm volatile("" : "+r"(x));
+  return x;
 }
