@@ -92,10 +92,11 @@ DEVICE void of_keys(T* dqkv, const T* dout, const T* qkv, const float2* rows, co
                     const Geometry& geometry, const Scales& scales) {
   typedef OfKeys<D> K;
   constexpr uint32_t ROWS = K::ROW_TILES * 16, BOUNDS = K::QUERIES / 32;
-  extern __shared__ uint4 shared[];
+  extern __shared__ __align__(128) uint4 shared[];
   const uint32_t t = geometry.t, group = geometry.query / geometry.kv;
   // The first tile is seen by most queries, and comes first.
   const Place place(geometry, geometry.kv * K::PARTS, (t + K::KEYS - 1) / K::KEYS);
+  // `part`: the first chunk of the columns of this block's results.
   const uint32_t key_head = place.head / K::PARTS, part = place.head % K::PARTS * (K::COLUMNS / 8);
   const uint32_t begin = place.tile * K::KEYS, end = min(t, begin + K::KEYS);
   const uint32_t k_head = geometry.query + key_head, v_head = k_head + geometry.kv;
@@ -169,7 +170,7 @@ DEVICE void of_keys(T* dqkv, const T* dout, const T* qkv, const float2* rows, co
         for (int i = 0; i < 4; i++) weights.at[m][n][i] = exp2_fast(fmaf(weights.at[m][n][i], scales.binary, -lse[i % 2]));
       }
     }
-    multiply_columns<D>(dv, Rounded<T, K::ROW_TILES, K::QUERIES / 8>(weights), dout_tile + rows_of_lane<D>(), part);
+    multiply_columns<D>(dv, Rounded<T, K::ROW_TILES, K::QUERIES / 8>(weights), dout_tile + rows_of_lane<D>(), part / 2);
     gradients.clear();
     multiply_rows<T, D, 2>(gradients, k_lane + K::KEY_BYTES, dout_tile + columns_of_lane<D>());
 #pragma unroll
@@ -184,7 +185,7 @@ DEVICE void of_keys(T* dqkv, const T* dout, const T* qkv, const float2* rows, co
         }
       }
     }
-    multiply_columns<D>(dk, Rounded<T, K::ROW_TILES, K::QUERIES / 8>(gradients), q_tile + rows_of_lane<D>(), part);
+    multiply_columns<D>(dk, Rounded<T, K::ROW_TILES, K::QUERIES / 8>(gradients), q_tile + rows_of_lane<D>(), part / 2);
   }
 
   // Results go by the place of the keys and values, whose rows only this warp reads.
@@ -219,7 +220,7 @@ DEVICE void of_queries(T* dqkv, const T* dout, const T* qkv, const float2* rows,
                        const Scales& scales) {
   typedef OfQueries<D> Q;
   constexpr uint32_t ROWS = Q::ROW_TILES * 16;
-  extern __shared__ uint4 shared[];
+  extern __shared__ __align__(128) uint4 shared[];
   __shared__ uint32_t first_keys[Q::QUERIES];
   const uint32_t t = geometry.t, tiles = (t + Q::QUERIES - 1) / Q::QUERIES;
   const Place place(geometry, geometry.query, tiles);

@@ -13,7 +13,7 @@ struct FmaWeights {
 template <int D>
 DEVICE void of_keys_fma(float* dqkv, const float* dout, const float* qkv, const float2* rows, const uint2* bounds, const uint32_t* starts,
                         const Geometry& geometry, const Scales& scales) {
-  extern __shared__ uint4 shared[];
+  extern __shared__ __align__(128) uint4 shared[];
   float* k = reinterpret_cast<float*>(shared);
   float *v = k + FmaTile<D>::FLOATS, *q = v + FmaTile<D>::FLOATS, *douts = q + FmaTile<D>::FLOATS;
   const FmaWeights to(douts + FmaTile<D>::FLOATS);
@@ -66,7 +66,7 @@ DEVICE void of_keys_fma(float* dqkv, const float* dout, const float* qkv, const 
 template <int D>
 DEVICE void of_queries_fma(float* dqkv, const float* dout, const float* qkv, const float2* rows, const uint32_t* starts,
                            const Geometry& geometry, const Scales& scales) {
-  extern __shared__ uint4 shared[];
+  extern __shared__ __align__(128) uint4 shared[];
   float* q = reinterpret_cast<float*>(shared);
   float *douts = q + FmaTile<D>::FLOATS, *k = douts + FmaTile<D>::FLOATS, *v = k + FmaTile<D>::FLOATS;
   const FmaWeights to(v + FmaTile<D>::FLOATS);

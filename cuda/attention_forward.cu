@@ -102,7 +102,7 @@ template <typename T, int D>
 DEVICE void forward(T* o, float* lse, const T* qkv, const uint32_t* starts, const Geometry& geometry, float scale) {
   typedef Forward<D> F;
   constexpr int ROWS = F::ROW_TILES * 16;
-  extern __shared__ uint4 shared[];
+  extern __shared__ __align__(128) uint4 shared[];
   __shared__ uint32_t first_keys[F::QUERIES];
   const uint32_t t = geometry.t, tiles = (t + F::QUERIES - 1) / F::QUERIES;
   const Place place(geometry, geometry.query, tiles);
@@ -178,7 +178,7 @@ DEVICE void forward(T* o, float* lse, const T* qkv, const uint32_t* starts, cons
 // The same with fused multiply-adds: 32 queries and 32 keys at a time, and a running maximum.
 template <int D>
 DEVICE void forward_fma(float* o, float* lse, const float* qkv, const uint32_t* starts, const Geometry& geometry, float scale) {
-  extern __shared__ uint4 shared[];
+  extern __shared__ __align__(128) uint4 shared[];
   float* q = reinterpret_cast<float*>(shared);
   float *k = q + FmaTile<D>::FLOATS, *v = k + FmaTile<D>::FLOATS, *weights = v + FmaTile<D>::FLOATS;
   const uint32_t t = geometry.t, dim = geometry.dim, tiles = (t + FMA_ROWS - 1) / FMA_ROWS;

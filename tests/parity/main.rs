@@ -1,6 +1,7 @@
 //! Every op on a GPU gives what it gives on the CPU: the kernels' PTX, executed by the emulator in a fixed order of threads, in eight random
 //! ones, and with every check on.
 
+mod attention;
 mod elementwise;
 
 use ferrotron::device::Device;

@@ -29,7 +29,7 @@ macro_rules! sources {
     };
 }
 
-pub const SOURCES: &[Source] = sources!["elementwise"];
+pub const SOURCES: &[Source] = sources!["attention_forward", "attention_backward", "elementwise"];
 
 impl Source {
     pub fn ptx(&self, architecture: Architecture) -> &'static str {
