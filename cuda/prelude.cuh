@@ -16,6 +16,9 @@ typedef long long int64_t;
 
 #define KERNEL(threads) extern "C" __global__ void __launch_bounds__(threads)
 
+// The same for a kernel that wants registers more than company: one block on a multiprocessor is enough.
+#define KERNEL_ALONE(threads) extern "C" __global__ void __launch_bounds__(threads, 1)
+
 // Exports `name<T>` for every element type: EXPORT_ALL(KERNELS) with `#define KERNELS(T, suffix) KERNEL(256) x_##suffix(...) { ... }`.
 #define EXPORT_ALL(kernels) kernels(float, f32) kernels(bf16, bf16) kernels(f16, f16)
 

@@ -4,7 +4,8 @@
 //! neighbours. Row q of a sequence sees key k when starts[q] <= k <= q, and with a window w also q - w < k.
 //!
 //! Scores, statistics and sums are f32; weights and their gradients are rounded to the dtype before they are multiplied, as one does on
-//! matrix units. Forward goes over keys in blocks and keeps a running maximum. Backward redoes the weights from `lse`.
+//! matrix units. Forward goes over keys in blocks and keeps a running maximum. Backward redoes the weights from `lse`. On a GPU it is the
+//! same with blocks of other sizes (`attention_kernels.rs`).
 //!
 //! Invariant: the bits of a row depend on its sequence, its position and its head's inputs, never on the other heads, sequences or threads
 //! of a call; gradients of a key head add its query heads in order.
@@ -20,6 +21,7 @@ use crate::device::cpu::{Cpu, Isa};
 use crate::device::tensor::{Tensor, View};
 use crate::dispatch;
 use crate::dtype::{Dtype, Element};
+use crate::ops::attention_kernels::{Kernels, Rows};
 use crate::ops::functions;
 use std::ops::Range;
 
@@ -70,7 +72,7 @@ pub fn forward(qkv: View<'_>, heads: Heads, mask: Mask<'_>) -> (Tensor, Tensor) 
             let attention = Attention::<T>::new(cpu, qkv, heads, mask);
             attention.forward(cpu, o.view_mut().into_slice(), lse.view_mut().into_slice());
         }),
-        Device::Gpu(_) => panic!("not yet on a GPU"),
+        Device::Gpu(gpu) => Kernels { gpu, qkv, heads, mask }.forward(o.view_mut(), lse.view_mut()),
         Device::Dry(_) => {}
     }
     (o, lse)
@@ -86,17 +88,20 @@ pub fn backward(dout: View<'_>, qkv: View<'_>, o: View<'_>, lse: View<'_>, heads
     assert_eq!((lse.shape().numel(), lse.dtype()), (n * heads.query, Dtype::F32), "lse of {n} rows of {heads:?}");
     let device = qkv.device();
     let mut dqkv = device.empty([n, heads.columns()], qkv.dtype());
-    // Sums over blocks of keys, for each head of each sequence its rows together; and sum(dout o) of each row.
-    let mut dq = device.zeros([heads.query * n, heads.dim.next_multiple_of(PAD)], Dtype::F32);
-    let mut dots = device.empty([n, heads.query], Dtype::F32);
+    let mut scratch = Scratch::new(device, n, heads);
+    let mut rows = Rows::new(device, n, heads, mask.t);
     match device {
         Device::Cpu(cpu) => dispatch!(qkv.dtype(), T => {
+            let Scratch { dq, dots } = scratch.as_mut().expect("a CPU has it");
             let attention = Attention::<T>::new(cpu, qkv, heads, mask);
             attention.dots(cpu, dout.slice(), o.slice(), dots.view_mut().into_slice());
             let given = Given { dout: dout.slice(), lse: lse.slice(), dots: dots.view().slice() };
             attention.backward(cpu, &given, dq.view_mut().into_slice(), dqkv.view_mut().into_slice());
         }),
-        Device::Gpu(_) => panic!("not yet on a GPU"),
+        Device::Gpu(gpu) => {
+            let rows = rows.as_mut().expect("a GPU has them");
+            Kernels { gpu, qkv, heads, mask }.backward(dqkv.view_mut(), dout, o, lse, rows);
+        }
         Device::Dry(_) => {}
     }
     dqkv
@@ -112,6 +117,22 @@ fn check(qkv: View<'_>, heads: Heads, mask: Mask<'_>) -> usize {
     assert_eq!((starts.shape().numel(), starts.dtype()), (n, Dtype::U32), "one start for each of {n} rows");
     assert!(window != Some(0), "a window sees at least the row itself");
     n
+}
+
+/// What only a CPU's backward pass has need of.
+struct Scratch {
+    /// Sums over blocks of keys, for each head of each sequence its rows together.
+    dq: Tensor,
+    /// sum(dout o) of each row.
+    dots: Tensor,
+}
+
+impl Scratch {
+    /// None on a GPU.
+    fn new(device: &Device, n: usize, heads: Heads) -> Option<Scratch> {
+        let zeros = || device.zeros([heads.query * n, heads.dim.next_multiple_of(PAD)], Dtype::F32);
+        (!device.is_gpu()).then(|| Scratch { dq: zeros(), dots: device.empty([n, heads.query], Dtype::F32) })
+    }
 }
 
 /// What all parts of a call know.

@@ -6,6 +6,7 @@
 pub mod activation;
 pub mod adamw;
 pub mod attention;
+pub mod attention_kernels;
 pub mod chunks;
 pub mod cross_entropy;
 pub mod elementwise;

@@ -2,6 +2,7 @@
 //! ones, and with every check on.
 
 mod activation;
+mod attention;
 mod elementwise;
 mod norm;
 mod rope;

@@ -29,7 +29,7 @@ macro_rules! sources {
     };
 }
 
-pub const SOURCES: &[Source] = sources!["activation", "chunks", "elementwise", "norm", "rope", "select"];
+pub const SOURCES: &[Source] = sources!["activation", "attention_backward", "attention_forward", "chunks", "elementwise", "norm", "rope", "select"];
 
 impl Source {
     pub fn ptx(&self, architecture: Architecture) -> &'static str {
