@@ -2,8 +2,12 @@
 //! ones, and with every check on.
 
 mod activation;
+mod adamw;
+mod cross_entropy;
 mod elementwise;
+mod embedding;
 mod norm;
+mod reduce;
 mod rope;
 mod select;
 
