@@ -105,3 +105,40 @@ template <typename Reduction, int THREADS> DEVICE float over_block(float x, floa
   __syncthreads();
   return x;
 }
+
+// The sum of terms that come in order, in the balanced binary tree: adjacent pairs are added, an odd one passes up. Up to 2^24 - 1 terms.
+struct Tree {
+  enum { LEVELS = 24 };
+  // Level k holds the sum of 2^k terms that wait for their neighbours, where bit k of `count` is set.
+  float at[LEVELS];
+  uint32_t count = 0;
+
+  DEVICE void push(float x) { push_at<0>(x); }
+
+  // A sum of 2^LEVEL terms, in whose place none of them came alone.
+  template <int LEVEL> DEVICE void push_at(float x) {
+    bool done = false;
+#pragma unroll
+    for (int level = LEVEL; level < LEVELS; level++) {
+      if (!done) {
+        done = !(count >> level & 1);
+        if (done) at[level] = x;
+        else x = at[level] + x;
+      }
+    }
+    count += 1u << LEVEL;
+  }
+
+  DEVICE float total() const {
+    float x = 0.0f;
+    bool any = false;
+#pragma unroll
+    for (int level = 0; level < LEVELS; level++) {
+      if (count >> level & 1) {
+        x = any ? at[level] + x : at[level];
+        any = true;
+      }
+    }
+    return x;
+  }
+};

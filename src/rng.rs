@@ -16,6 +16,11 @@ impl Stream {
         Stream { key: [seed as u32, (seed >> 32) as u32], tag: fnv1a(name.as_bytes()) }
     }
 
+    /// The seed and the name's tag: all that a block depends on, beside its index.
+    pub fn seed_and_tag(&self) -> (u64, u64) {
+        (self.key[0] as u64 | (self.key[1] as u64) << 32, self.tag)
+    }
+
     /// The `index`-th block of four words.
     pub fn block(&self, index: u64) -> [u32; 4] {
         philox([index as u32, (index >> 32) as u32, self.tag as u32, (self.tag >> 32) as u32], self.key)

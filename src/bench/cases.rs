@@ -6,8 +6,9 @@
 use crate::device::Device;
 use crate::device::tensor::Tensor;
 use crate::dtype::Dtype;
-use crate::ops::adamw::{self, Adam};
+use crate::ops::adamw::{self, Adam, Rounding};
 use crate::ops::attention::{self, Heads, Mask};
+use crate::ops::exact::SquareSum;
 use crate::ops::{activation, cross_entropy, elementwise, embedding, matmul, norm, reduce, rope};
 use crate::rng::Stream;
 use half::{bf16, f16};
@@ -232,8 +233,8 @@ impl Made {
             let (mut logits, targets) = (made.random([n, v]), made.ids());
             Box::new(move || {
                 let targets = targets.view().part(0..n, [n]);
-                let max = cross_entropy::row_max(logits.view());
-                let sums = cross_entropy::sums(logits.view(), max.view(), targets, 0, v);
+                let (max, parts) = cross_entropy::row_max(logits.view(), v);
+                let sums = cross_entropy::sums(logits.view(), max.view(), &parts, targets, 0, v);
                 black_box(cross_entropy::losses(sums.view(), targets));
                 cross_entropy::finish(logits.view_mut(), max.view(), sums.view(), targets, 0, 1.0);
             })
@@ -254,8 +255,8 @@ impl Made {
         self.case(all, &format!("sum of squares {count}"), Work::Bytes(4.0 * count as f64), move |made| {
             let g = made.floats([1, count]);
             Box::new(move || {
-                let mut sum = reduce::SquareSum::default();
-                sum.add(g.view());
+                let mut sum = SquareSum::default();
+                sum.add([g.view()]);
                 black_box(sum);
             })
         });
@@ -268,7 +269,10 @@ impl Made {
         self.case(all, &format!("adamw {count}"), self.bytes(count, 7 * count), move |made| {
             let [mut p, mut m, mut v, g] = [(); 4].map(|()| made.floats([1, count]));
             let mut weights = made.random([1, count]);
-            Box::new(move || adamw::step_and_cast(p.view_mut(), m.view_mut(), v.view_mut(), g.view(), weights.view_mut(), &adam))
+            Box::new(move || {
+                let [p, m, v] = [&mut p, &mut m, &mut v].map(Tensor::view_mut);
+                adamw::step_and_cast(p, m, v, g.view(), weights.view_mut(), &adam, Rounding::Nearest);
+            })
         });
     }
 }

@@ -86,8 +86,9 @@ impl Head {
 
     /// The maximum of each row, and what its softmax needs, over the whole vocabulary.
     fn sums(&self, logits: View<'_>, targets: View<'_>) -> Result<(Tensor, Tensor)> {
-        let max = self.region.max(cross_entropy::row_max(logits))?;
-        let sums = self.region.sum(cross_entropy::sums(logits, max.view(), targets, self.first, self.width))?;
+        let (max, parts) = cross_entropy::row_max(logits, self.width);
+        let max = self.region.max(max)?;
+        let sums = self.region.sum(cross_entropy::sums(logits, max.view(), &parts, targets, self.first, self.width))?;
         Ok((max, sums))
     }
 }

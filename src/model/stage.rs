@@ -12,7 +12,7 @@ use crate::model::block::{Block, Kept};
 use crate::model::embedding::{Embedding, Positions};
 use crate::model::family;
 use crate::model::head::Head;
-use crate::ops::reduce::LossSum;
+use crate::ops::exact::{LossSum, LossTotal};
 use crate::parallel::flat::Deferred;
 use crate::parallel::pipeline;
 use crate::parallel::tensor_parallel::Region;
@@ -55,7 +55,7 @@ struct Step {
     micros: Vec<MicroBatch>,
     /// Multiplies every gradient: loss scale over valid tokens.
     scale: f32,
-    loss: LossSum,
+    loss: LossTotal,
     /// Forward only: nothing is kept.
     evaluating: bool,
     kept: HashMap<Slot, Vec<Kept>>,
@@ -131,8 +131,8 @@ impl Stage {
     }
 
     /// The sum of the losses of all tokens that the step has met on this rank.
-    pub fn loss(&self) -> &LossSum {
-        &self.now.loss
+    pub fn loss(&self) -> LossSum {
+        self.now.loss.sum()
     }
 
     /// The most that was alive on the device at the end of a forward pass of this step.

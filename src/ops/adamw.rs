@@ -7,13 +7,19 @@
 //!
 //! p, m, v, g are f32; the scalars are computed in f64 and rounded to f32 once.
 //!
-//! Invariant: element by element, so bits do not depend on how the buffers are cut into ranges.
+//! Invariant: element by element, so bits do not depend on how the buffers are cut into ranges. On a GPU (`cuda/adamw.cu`) they are the same.
 
+use crate::args;
 use crate::device::Device;
+use crate::device::cpu::Cpu;
+use crate::device::gpu::driver::{Argument, Grid};
+use crate::device::gpu::kernel;
 use crate::device::tensor::{View, ViewMut};
 use crate::dispatch;
 use crate::dtype::{Dtype, Element};
 use crate::ops::rows::{Rows, over_rows};
+use crate::rng::Stream;
+use half::{bf16, f16};
 
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Adam {
@@ -26,6 +32,16 @@ pub struct Adam {
     pub step: u64,
     /// What gradients are multiplied by first: clipping, and the inverse of the loss scale.
     pub scale: f32,
+}
+
+/// How weights are rounded from p.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Rounding {
+    /// To nearest even.
+    Nearest,
+    /// To one of the two neighbours, by chance: the share of the way to the greater magnitude is its chance. Small updates are then not lost
+    /// but come to pass now and then. Chance is a function of seed, update, and the element's number: the first has the number `first`.
+    Stochastic { seed: u64, first: u64 },
 }
 
 /// The scalars of one update.
@@ -57,6 +73,13 @@ impl Adam {
     }
 }
 
+impl Scalars {
+    /// As the kernels take them, last.
+    fn arguments(self) -> [Argument; 8] {
+        args![self.scale, self.keep, self.blend, self.beta2, self.fresh, self.rate, self.root, self.eps]
+    }
+}
+
 /// One update of p, m and v, all f32 of one length, by the gradient g.
 pub fn step(mut p: ViewMut<'_>, mut m: ViewMut<'_>, mut v: ViewMut<'_>, g: View<'_>, adam: &Adam) {
     check(&p, &m, &v, g);
@@ -78,30 +101,116 @@ pub fn step(mut p: ViewMut<'_>, mut m: ViewMut<'_>, mut v: ViewMut<'_>, g: View<
                 },
             );
         }
-        Device::Gpu(_) => panic!("not yet on a GPU"),
+        Device::Gpu(gpu) => {
+            let count = g.shape().numel();
+            gpu.launch("adamw_step", grid(count), &[&args![&p, &m, &v, g, count][..], &scalars.arguments()].concat());
+        }
         Device::Dry(_) => {}
     }
 }
 
 /// The same, and `weights` = p, rounded to their dtype, in the same pass over memory.
-pub fn step_and_cast(mut p: ViewMut<'_>, mut m: ViewMut<'_>, mut v: ViewMut<'_>, g: View<'_>, mut weights: ViewMut<'_>, adam: &Adam) {
+pub fn step_and_cast(p: ViewMut<'_>, m: ViewMut<'_>, v: ViewMut<'_>, g: View<'_>, weights: ViewMut<'_>, adam: &Adam, rounding: Rounding) {
     check(&p, &m, &v, g);
     assert_eq!(weights.shape().numel(), g.shape().numel(), "weights as long as their gradient");
     let scalars = adam.scalars();
-    match g.device() {
-        Device::Cpu(cpu) => dispatch!(weights.dtype(), T => {
-            let gs = g.slice::<f32>();
-            let state = (Rows::new(m.slice_mut::<f32>(), 1), Rows::new(v.slice_mut::<f32>(), 1));
-            let out = (Rows::new(p.slice_mut::<f32>(), 1), Rows::new(weights.slice_mut::<T>(), 1));
-            over_rows(cpu, gs.len(), 5, (out, state), #[inline(always)] |range, ((p, weights), (m, v))| {
-                for ((((p, w), m), v), g) in p.elements.iter_mut().zip(weights.elements).zip(m.elements).zip(v.elements).zip(&gs[range]) {
-                    (*p, *m, *v) = update(*p, *m, *v, *g, scalars);
-                    *w = <T as Element>::from_f32(*p);
-                }
+    let chance = |seed: u64| Stream::new(seed, &format!("rounding of update {}", adam.step));
+    match (g.device(), rounding) {
+        (Device::Cpu(cpu), Rounding::Nearest) => dispatch!(weights.dtype(), T => {
+            step_and_round::<T>(cpu, [p, m, v], g, weights, scalars, #[inline(always)] |_, p| <T as Element>::from_f32(p));
+        }),
+        (Device::Cpu(cpu), Rounding::Stochastic { seed, first }) => dispatch!(weights.dtype(), T => {
+            let stream = chance(seed);
+            step_and_round::<T>(cpu, [p, m, v], g, weights, scalars, |element, p| {
+                let number = first + element as u64;
+                T::by_chance(p, stream.block(number / 4)[number as usize % 4])
             });
         }),
-        Device::Gpu(_) => panic!("not yet on a GPU"),
-        Device::Dry(_) => {}
+        (Device::Gpu(gpu), rounding) => {
+            let (pass, more) = match rounding {
+                Rounding::Nearest => ("adamw_step_and_cast", vec![]),
+                Rounding::Stochastic { seed, first } => {
+                    let (seed, tag) = chance(seed).seed_and_tag();
+                    ("adamw_step_and_round", args![seed, tag, first].to_vec())
+                }
+            };
+            let count = g.shape().numel();
+            let arguments = [&args![&p, &m, &v, g, &weights, count][..], &scalars.arguments(), &more].concat();
+            gpu.launch(&kernel(pass, weights.dtype()), grid(count), &arguments);
+        }
+        (Device::Dry(_), _) => {}
+    }
+}
+
+/// `step_and_cast` on the CPU; `round` gets the element's place and its p.
+#[inline(always)]
+fn step_and_round<T: Element>(
+    cpu: &Cpu,
+    [mut p, mut m, mut v]: [ViewMut<'_>; 3],
+    g: View<'_>,
+    mut weights: ViewMut<'_>,
+    scalars: Scalars,
+    round: impl Fn(usize, f32) -> T + Sync,
+) {
+    let gs = g.slice::<f32>();
+    let state = (Rows::new(m.slice_mut::<f32>(), 1), Rows::new(v.slice_mut::<f32>(), 1));
+    let out = (Rows::new(p.slice_mut::<f32>(), 1), Rows::new(weights.slice_mut::<T>(), 1));
+    over_rows(
+        cpu,
+        gs.len(),
+        5,
+        (out, state),
+        #[inline(always)]
+        |range, ((p, weights), (m, v))| {
+            let operands = p.elements.iter_mut().zip(weights.elements).zip(m.elements).zip(v.elements).zip(&gs[range.clone()]);
+            for (i, ((((p, w), m), v), g)) in range.zip(operands) {
+                (*p, *m, *v) = update(*p, *m, *v, *g, scalars);
+                *w = round(i, *p);
+            }
+        },
+    );
+}
+
+/// Blocks for `count` elements, as `cuda/adamw.cu` goes over them.
+fn grid(count: usize) -> Grid {
+    Grid::over(count, 1024, 256)
+}
+
+/// Rounding that keeps the mean.
+trait ByChance: Element {
+    /// `x` rounded to the neighbour that `word`, drawn evenly from all, says.
+    fn by_chance(x: f32, word: u32) -> Self;
+}
+
+impl ByChance for f32 {
+    fn by_chance(x: f32, _: u32) -> f32 {
+        x
+    }
+}
+
+impl ByChance for bf16 {
+    fn by_chance(x: f32, word: u32) -> bf16 {
+        // Adding chance to the bits that are cut off carries into those that are kept as often as it should.
+        if x.is_finite() { bf16::from_bits(((x.to_bits() + (word >> 16)) >> 16) as u16) } else { Element::from_f32(x) }
+    }
+}
+
+impl ByChance for f16 {
+    fn by_chance(x: f32, word: u32) -> f16 {
+        let (sign, rest) = ((x.to_bits() >> 16) & 0x8000, x.to_bits() & 0x7fff_ffff);
+        if rest >= 0x4780_0000 {
+            return Element::from_f32(x);
+        }
+        let magnitude = if rest < 0x3880_0000 {
+            // Denormal: in units of 2^-24, with 32 bits of what is cut off.
+            let units = f32::from_bits(rest) * 16_777_216.0;
+            let cut = ((units - units.trunc()) * 4_294_967_296.0) as u32;
+            units as u32 + (word < cut) as u32
+        } else {
+            // The bias of the exponent differs by 112.
+            (rest - (112 << 23) + (word >> 19)) >> 13
+        };
+        f16::from_bits((sign | magnitude) as u16)
     }
 }
 

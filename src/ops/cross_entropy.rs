@@ -13,8 +13,14 @@
 //!
 //! Invariant: the sum of exponentials is made of one sum for each virtual shard of the vocabulary (`shard` tokens, the last may be
 //! narrower), in lanes, and the shards are added in the balanced binary tree: the bits do not tell how many ranks hold the shards.
+//!
+//! On a GPU (`cuda/cross_entropy.cu`) `row_max` sums, too, as it reads: a shard's exponentials in segments, each relative to its own
+//! maximum. `sums` then reads those `Parts` and not the logits again.
 
+use crate::args;
 use crate::device::Device;
+use crate::device::gpu::driver::Grid;
+use crate::device::gpu::kernel;
 use crate::device::tensor::{Tensor, View, ViewMut};
 use crate::dispatch;
 use crate::dtype::{Dtype, Element};
@@ -28,9 +34,34 @@ pub const IGNORED: u32 = u32::MAX;
 /// What an exponential costs, in elements touched.
 const COST: usize = 4;
 
-/// logits [n, v] -> f32 [n]
-pub fn row_max(logits: View<'_>) -> Tensor {
+/// Threads of a block on a GPU, which are eight warps, and the logits it takes: `THREADS` and `SEGMENT` of cuda/cross_entropy.cu.
+const THREADS: u32 = 256;
+const WARPS: usize = 8;
+const SEGMENT: usize = 8192;
+
+/// What a GPU has found in each segment of each row: its maximum, and its sum of exponentials relative to that. f32 [n, segments, 2]
+pub struct Parts(Option<Tensor>);
+
+/// How a row of v logits is cut into segments on a GPU.
+struct Segments {
+    /// Of a whole shard.
+    per_shard: usize,
+    of_row: usize,
+}
+
+impl Segments {
+    fn new(v: usize, shard: usize) -> Segments {
+        assert!(shard > 0 && v / shard < 1 << 24, "{v} logits in shards of {shard}");
+        let per_shard = shard.div_ceil(SEGMENT);
+        Segments { per_shard, of_row: v / shard * per_shard + (v % shard).div_ceil(SEGMENT) }
+    }
+}
+
+/// logits [n, v], the first of which starts a virtual shard -> f32 [n], and what `sums` asks for
+pub fn row_max(logits: View<'_>, shard: usize) -> (Tensor, Parts) {
     let (n, v) = (logits.shape().rows(), logits.shape().columns());
+    let segments = Segments::new(v, shard);
+    let mut parts = logits.device().gpu_scratch([n, segments.of_row, 2], Dtype::F32);
     let mut max = logits.device().empty([n], Dtype::F32);
     match logits.device() {
         Device::Cpu(cpu) => dispatch!(logits.dtype(), T => {
@@ -41,14 +72,21 @@ pub fn row_max(logits: View<'_>) -> Tensor {
                 }
             });
         }),
-        Device::Gpu(_) => panic!("not yet on a GPU"),
+        Device::Gpu(gpu) => {
+            let parts = parts.as_mut().expect("scratch of a GPU").view_mut();
+            let Segments { per_shard, of_row } = segments;
+            let blocks = Grid::blocks(n * of_row, THREADS);
+            gpu.launch(&kernel("cross_entropy_segments", logits.dtype()), blocks, &args![&parts, logits, v, shard, per_shard, of_row]);
+            let rows = Grid::blocks(n.div_ceil(WARPS), THREADS);
+            gpu.launch("cross_entropy_row_max", rows, &args![max.view_mut(), parts, n, of_row]);
+        }
         Device::Dry(_) => {}
     }
-    max
+    (max, Parts(parts))
 }
 
-/// logits [n, v], max f32 [n], targets u32 [n] -> f32 [n, 2]
-pub fn sums(logits: View<'_>, max: View<'_>, targets: View<'_>, first: usize, shard: usize) -> Tensor {
+/// logits [n, v], max f32 [n], targets u32 [n] -> f32 [n, 2]. `parts` of these logits, by `row_max`.
+pub fn sums(logits: View<'_>, max: View<'_>, parts: &Parts, targets: View<'_>, first: usize, shard: usize) -> Tensor {
     let (n, v) = (logits.shape().rows(), logits.shape().columns());
     assert!(shard > 0 && first.is_multiple_of(shard), "a part of the vocabulary from {first} is cut within a shard of {shard}");
     check_rows(max, n, 1);
@@ -69,7 +107,13 @@ pub fn sums(logits: View<'_>, max: View<'_>, targets: View<'_>, first: usize, sh
                 }
             });
         }),
-        Device::Gpu(_) => panic!("not yet on a GPU"),
+        Device::Gpu(gpu) => {
+            let Segments { per_shard, of_row } = Segments::new(v, shard);
+            let parts = parts.0.as_ref().expect("parts of the same device").view();
+            assert_eq!(parts.shape().numel(), n * of_row * 2, "parts of the same logits");
+            let arguments = args![sums.view_mut(), parts, logits, max, targets, n, v, first, per_shard, of_row];
+            gpu.launch(&kernel("cross_entropy_sums", logits.dtype()), Grid::blocks(n.div_ceil(WARPS), THREADS), &arguments);
+        }
         Device::Dry(_) => {}
     }
     sums
@@ -98,7 +142,10 @@ pub fn losses(sums: View<'_>, targets: View<'_>) -> Tensor {
                 },
             );
         }
-        Device::Gpu(_) => panic!("not yet on a GPU"),
+        Device::Gpu(gpu) => {
+            let blocks = Grid::blocks(n.div_ceil(THREADS as usize), THREADS);
+            gpu.launch("cross_entropy_losses", blocks, &args![losses.view_mut(), sums, targets, n]);
+        }
         Device::Dry(_) => {}
     }
     losses
@@ -124,7 +171,11 @@ pub fn finish(mut logits: ViewMut<'_>, max: View<'_>, sums: View<'_>, targets: V
                 }
             });
         }),
-        Device::Gpu(_) => panic!("not yet on a GPU"),
+        Device::Gpu(gpu) => {
+            let per_row = v.div_ceil(SEGMENT);
+            let arguments = args![&logits, max, sums, targets, v, first, per_row, scale];
+            gpu.launch(&kernel("cross_entropy_finish", logits.dtype()), Grid::blocks(n * per_row, THREADS), &arguments);
+        }
         Device::Dry(_) => {}
     }
 }

@@ -8,14 +8,26 @@
 //!
 //! table and y have one dtype; dw is f32.
 //!
-//! Invariant: a row of dw takes its terms in the order of the rows of dy. Threads own rows of dw.
+//! Invariant: a row of dw takes its terms in the order of the rows of dy. Threads own rows of dw. On a GPU (`cuda/embedding.cu`) bits are the
+//! same.
 
+use crate::args;
 use crate::device::Device;
+use crate::device::gpu::driver::Grid;
+use crate::device::gpu::{Gpu, kernel};
 use crate::device::tensor::{Tensor, View, ViewMut};
 use crate::dispatch;
 use crate::dtype::Dtype;
 use crate::ops::elementwise::{accumulate_row, add_to_row};
 use crate::ops::rows::{Rows, over_rows};
+
+/// Of `cuda/embedding.cu`: threads of a block, which are eight warps; rows whose gradients are sorted at once, and how many of them a
+/// block of that kernel sorts; columns of a gradient that a warp takes.
+const THREADS: u32 = 256;
+const WARPS: usize = 8;
+const CHUNK: usize = 8192;
+const SORTED_BY_BLOCK: usize = 64;
+const SUMMED_BY_WARP: usize = 128;
 
 /// ids u32 [n], table [v_local, c]: the vectors of ids `first..first + v_local` -> [n, c]
 pub fn forward(ids: View<'_>, table: View<'_>, first: usize) -> Tensor {
@@ -34,18 +46,32 @@ pub fn forward(ids: View<'_>, table: View<'_>, first: usize) -> Tensor {
                 }
             });
         }),
-        Device::Gpu(_) => panic!("not yet on a GPU"),
+        Device::Gpu(gpu) => {
+            let (slabs, grid) = looked_up_in_slabs(n, columns, table.dtype());
+            let arguments = args![y.view_mut(), ids, table, n, columns, first, local, slabs];
+            gpu.launch(&kernel("embedding_forward", table.dtype()), grid, &arguments);
+        }
         Device::Dry(_) => {}
     }
     y
 }
 
+/// Warps for each row on a GPU: each takes 2048 bytes of it; and the grid.
+fn looked_up_in_slabs(n: usize, columns: usize, dtype: Dtype) -> (usize, Grid) {
+    let slabs = (columns * dtype.bytes()).div_ceil(2048);
+    (slabs, Grid::blocks((n * slabs).div_ceil(WARPS), THREADS))
+}
+
 /// dw f32 [v_local, c] += the rows of dy [n, c] at their ids
 pub fn backward(mut dw: ViewMut<'_>, dy: View<'_>, ids: View<'_>, first: usize) {
     let (columns, local) = (dy.shape().columns(), dw.shape().rows());
+    assert!(local < u32::MAX as usize - 1, "a table of {local} rows");
     assert_eq!(dw.shape().columns(), columns, "a gradient {} of rows {}", dw.shape(), dy.shape());
     assert_eq!(ids.shape().numel(), dy.shape().rows(), "an id for each row");
     assert_eq!((dw.dtype(), ids.dtype()), (Dtype::F32, Dtype::U32), "gradients rest in f32, ids are u32");
+    // On a GPU, rows in the order of their ids, and those ids.
+    let scratch = || dy.device().gpu_scratch([ids.shape().numel().min(CHUNK)], Dtype::U32);
+    let mut sorted = scratch().zip(scratch()).map(<[Tensor; 2]>::from);
     match dy.device() {
         Device::Cpu(cpu) => dispatch!(dy.dtype(), T => {
             let (ids, dy) = (ids.slice::<u32>(), dy.slice::<T>());
@@ -59,12 +85,31 @@ pub fn backward(mut dw: ViewMut<'_>, dy: View<'_>, ids: View<'_>, first: usize) 
                 }
             });
         }),
-        Device::Gpu(_) => panic!("not yet on a GPU"),
+        Device::Gpu(gpu) => {
+            let sorted = sorted.as_mut().expect("scratch of a GPU");
+            for start in (0..ids.shape().numel()).step_by(CHUNK) {
+                let rows = start..(start + CHUNK).min(ids.shape().numel());
+                add_on_gpu(gpu, dw.again(), dy.rows(rows.clone()), ids.part(rows.clone(), [rows.len()]), first, sorted);
+            }
+        }
         Device::Dry(_) => {}
     }
 }
 
-/// x [n, c] += table[positions]. table [p, c], positions u32 [n]
+/// `backward` on a GPU, of at most `CHUNK` rows. `sorted`: room for their order and their ids.
+fn add_on_gpu(gpu: &Gpu, dw: ViewMut<'_>, dy: View<'_>, ids: View<'_>, first: usize, sorted: &mut [Tensor; 2]) {
+    let (n, columns, local) = (ids.shape().numel(), dw.shape().columns(), dw.shape().rows());
+    let slabs = columns.div_ceil(SUMMED_BY_WARP);
+    let rows = u32::try_from(n).expect("a chunk of rows");
+    let [order, keys] = sorted;
+    let blocks = Grid::blocks(n.div_ceil(SORTED_BY_BLOCK), THREADS);
+    gpu.launch("embedding_sort", blocks, &args![order.view_mut(), keys.view_mut(), ids, rows, first, local]);
+    let blocks = Grid::blocks((n * slabs).div_ceil(WARPS), THREADS);
+    let arguments = args![dw, dy, order.view(), keys.view(), rows, columns, slabs];
+    gpu.launch(&kernel("embedding_backward", dy.dtype()), blocks, &arguments);
+}
+
+/// x [n, c] += table[positions]. table [p, c], positions u32 [n]. Fails where a position is not in the table.
 pub fn positions_forward(mut x: ViewMut<'_>, table: View<'_>, positions: View<'_>) {
     let (n, columns, most) = (x.shape().rows(), x.shape().columns(), table.shape().rows());
     assert_eq!(table.shape().columns(), columns, "positions {} for rows {}", table.shape(), x.shape());
@@ -80,7 +125,10 @@ pub fn positions_forward(mut x: ViewMut<'_>, table: View<'_>, positions: View<'_
                 }
             });
         }),
-        Device::Gpu(_) => panic!("not yet on a GPU"),
+        Device::Gpu(gpu) => {
+            let (slabs, grid) = looked_up_in_slabs(n, columns, table.dtype());
+            gpu.launch(&kernel("embedding_positions_forward", table.dtype()), grid, &args![&x, positions, table, n, columns, most, slabs]);
+        }
         Device::Dry(_) => {}
     }
 }

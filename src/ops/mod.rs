@@ -11,6 +11,7 @@ pub mod chunks;
 pub mod cross_entropy;
 pub mod elementwise;
 pub mod embedding;
+pub mod exact;
 pub mod functions;
 pub mod matmul;
 pub mod norm;

@@ -5,7 +5,7 @@
 use crate::device::tensor::Tensor;
 use crate::device::{Device, Shelf};
 use crate::dtype::Dtype;
-use crate::ops::adamw::{self, Adam};
+use crate::ops::adamw::{self, Adam, Rounding};
 use crate::parallel::flat::Weights;
 use crate::parallel::gradients::{Gradients, Rules};
 use crate::parallel::weights::{Gathered, WeightBuffer};
@@ -130,7 +130,10 @@ impl UnitState {
             let weights = weights.mine_mut(mine).part(local.clone(), shape);
             match master {
                 None => adamw::step(weights, m, v, gradient, &adam),
-                Some(master) => adamw::step_and_cast(master.view_mut().part(local, shape), m, v, gradient, weights, &adam),
+                Some(master) => {
+                    let p = master.view_mut().part(local, shape);
+                    adamw::step_and_cast(p, m, v, gradient, weights, &adam, Rounding::Nearest);
+                }
             }
         }
     }

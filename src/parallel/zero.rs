@@ -23,7 +23,8 @@ use crate::device::memory::Memory;
 use crate::dtype::Dtype;
 use crate::ops::adamw::Adam;
 use crate::ops::elementwise;
-use crate::ops::reduce::{self, SquareSum};
+use crate::ops::exact::SquareSum;
+use crate::ops::reduce;
 use crate::parallel::flat::{Grads, Weights};
 use crate::parallel::gradients::Rules;
 use crate::parallel::unit::{self, Tie, UnitState};
@@ -190,12 +191,11 @@ impl Zero {
     /// The exact sum of squares of the gradients that this rank answers for.
     pub fn square_sum(&self) -> SquareSum {
         let mut sum = SquareSum::default();
-        for u in self.units.iter().filter(|u| self.speaks && u.counts()) {
-            for part in u.layout.counted(u.mine.clone()) {
-                let local = part.start - u.mine.start..part.end - u.mine.start;
-                sum.add(u.gradients.mine().part(local, [part.len()]));
-            }
-        }
+        let counted = self.units.iter().filter(|u| self.speaks && u.counts());
+        sum.add(counted.flat_map(|u| {
+            let parts = u.layout.counted(u.mine.clone()).into_iter();
+            parts.map(|part| u.gradients.mine().part(part.start - u.mine.start..part.end - u.mine.start, [part.len()]))
+        }));
         sum
     }
 

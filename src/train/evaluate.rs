@@ -1,7 +1,7 @@
 //! The loss on validation data: every window once, nothing learnt.
 
 use crate::data::loader::{Batch, IGNORED, Loader};
-use crate::ops::reduce::LossSum;
+use crate::ops::exact::LossSum;
 use crate::parallel::pipeline;
 use crate::plan::schedule;
 use crate::train::step::Trainer;
@@ -29,7 +29,7 @@ impl Validation {
             valid += batch.valid();
             trainer.stage.begin_evaluation(&batch);
             pipeline::run(&actions, &placement, &mut trainer.stage, &trainer.groups)?;
-            loss.merge(trainer.stage.loss());
+            loss.merge(&trainer.stage.loss());
         }
         trainer.stage.device().check()?;
         total(trainer, loss, valid)

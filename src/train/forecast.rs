@@ -6,7 +6,7 @@
 
 use crate::config::Config;
 use crate::config::choice::Choice;
-use crate::ops::reduce::{LossSum, SquareSum};
+use crate::ops::exact::{LossSum, SquareSum};
 use crate::plan::budget::{self, Flops};
 use crate::plan::catalog::{self, Kind, Unit};
 use crate::plan::mesh::{Coordinates, Mesh};

@@ -10,7 +10,7 @@ use crate::device::Device;
 use crate::dtype::Dtype;
 use crate::model::stage::Stage;
 use crate::ops::adamw::Adam;
-use crate::ops::reduce::{LossSum, SquareSum};
+use crate::ops::exact::{LossSum, SquareSum};
 use crate::parallel::pipeline;
 use crate::plan::{Plan, RankPlan};
 use crate::train::learning_rate;
@@ -126,7 +126,7 @@ impl Trainer {
     fn gather_sums(&mut self, stop: bool) -> Result<Sums> {
         let mut message = vec![stop as u8];
         // Tensor-parallel ranks have the same losses.
-        let loss = if self.rank.at.tp == 0 { *self.stage.loss() } else { LossSum::default() };
+        let loss = if self.rank.at.tp == 0 { self.stage.loss() } else { LossSum::default() };
         message.extend(loss.to_bytes());
         message.extend(self.stage.zero.square_sum().to_bytes());
         // Nobody hears numbers of a device that has failed.

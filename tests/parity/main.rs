@@ -2,9 +2,13 @@
 //! ones, and with every check on.
 
 mod activation;
+mod adamw;
 mod attention;
+mod cross_entropy;
 mod elementwise;
+mod embedding;
 mod norm;
+mod reduce;
 mod rope;
 mod select;
 

@@ -11,16 +11,16 @@ use crate::device::cpu::Cpu;
 use crate::device::cpu::gemm;
 use crate::device::cpu::pack::{self, Along};
 use crate::device::gpu::driver::{Argument, Driver, Event, Gemm, Grid, Operand, Order, Stream};
-use crate::device::gpu::kernels::{self, Architecture};
+use crate::device::gpu::kernels::{self, Architecture, Source};
 use crate::dispatch;
 use crate::dtype::{Element, Stored};
 use crate::rng;
 use anyhow::{Context, Result, ensure};
 use ptx_emulator::{Launch, Memory, Module, Options};
-use std::collections::{HashMap, HashSet, VecDeque};
+use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 #[derive(Debug)]
 pub struct Emulated {
@@ -37,7 +37,7 @@ struct State {
     streams: HashMap<Stream, VecDeque<Work>>,
     recorded: u64,
     done: HashSet<Event>,
-    modules: HashMap<&'static str, Module>,
+    modules: HashMap<&'static str, Arc<Module>>,
     /// Counts random choices.
     draws: u64,
 }
@@ -57,6 +57,20 @@ impl std::fmt::Debug for State {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "{} modules, {} events", self.modules.len(), self.recorded)
     }
+}
+
+fn parse(source: &Source, ptx: &str) -> Result<Arc<Module>> {
+    Ok(Arc::new(Module::parse(ptx).with_context(|| format!("reading the PTX of {}.cu", source.name))?))
+}
+
+/// A file that the program brings along, read once for all devices.
+fn brought_along(source: &Source) -> Result<Arc<Module>> {
+    static MODULES: Mutex<BTreeMap<&str, Arc<Module>>> = Mutex::new(BTreeMap::new());
+    let mut modules = MODULES.lock().unwrap_or_else(PoisonError::into_inner);
+    if !modules.contains_key(source.name) {
+        modules.insert(source.name, parse(source, source.ptx(Architecture::Sm80))?);
+    }
+    Ok(modules[source.name].clone())
 }
 
 impl Emulated {
@@ -127,8 +141,10 @@ impl Emulated {
         if !state.modules.contains_key(source.name) {
             let own = self.ptx.as_ref().map(|folder| folder.join(format!("{}.sm_80.ptx", source.name)));
             let own = own.map(|path| fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))).transpose()?;
-            let text = own.as_deref().unwrap_or(source.ptx(Architecture::Sm80));
-            let module = Module::parse(text).with_context(|| format!("reading the PTX of {}.cu", source.name))?;
+            let module = match own {
+                Some(text) => parse(source, &text)?,
+                None => brought_along(source)?,
+            };
             state.modules.insert(source.name, module);
         }
         let arguments: Vec<&[u8]> = arguments.iter().map(Argument::bytes).collect();

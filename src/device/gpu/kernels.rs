@@ -2,6 +2,9 @@
 //!
 //! A driver turns PTX into machine code, so one text serves every GPU of an architecture and later ones.
 
+use std::collections::HashMap;
+use std::sync::OnceLock;
+
 /// One file of kernels.
 #[derive(Clone, Copy, Debug)]
 pub struct Source {
@@ -29,7 +32,7 @@ macro_rules! sources {
     };
 }
 
-pub const SOURCES: &[Source] = sources!["activation", "attention_backward", "attention_forward", "chunks", "elementwise", "norm", "rope", "select"];
+pub const SOURCES: &[Source] = sources!["activation", "adamw", "attention_backward", "attention_forward", "chunks", "cross_entropy", "elementwise", "embedding", "exact", "norm", "reduce", "rope", "select"];
 
 impl Source {
     pub fn ptx(&self, architecture: Architecture) -> &'static str {
@@ -48,7 +51,10 @@ impl Source {
 
 /// The file that has `kernel`.
 pub fn find(kernel: &str) -> Option<&'static Source> {
-    SOURCES.iter().find(|source| source.kernels().any(|name| name == kernel))
+    // The texts are megabytes, and every launch asks.
+    static FILES: OnceLock<HashMap<&str, &Source>> = OnceLock::new();
+    let files = FILES.get_or_init(|| SOURCES.iter().flat_map(|source| source.kernels().map(move |kernel| (kernel, source))).collect());
+    files.get(kernel).copied()
 }
 
 #[cfg(test)]
