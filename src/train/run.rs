@@ -12,9 +12,11 @@ use crate::config::{Config, DeviceKind};
 use crate::data::loader::Loader;
 use crate::data::tokenizer::Tokenizer;
 use crate::device::Device;
+use crate::device::gpu::cuda::libraries::Search;
+use crate::device::gpu::cuda::probe;
 use crate::dtype::Dtype;
 use crate::launch::failure;
-use crate::launch::identity::Identity;
+use crate::launch::identity::{self, CudaPlaces, Identity};
 use crate::launch::signals::StopRequest;
 use crate::plan::Plan;
 use crate::plan::budget::{self, Flops};
@@ -313,12 +315,19 @@ fn check_data(config: &Config, team: &Team) -> Result<(), Failure> {
     Err(Failure::Config(missing.iter().map(|(key, message)| Problem::new(key, message).help(here)).collect()))
 }
 
+fn no_gpu(error: &anyhow::Error) -> Failure {
+    Failure::Config(vec![Problem::new("device.kind", format!("`device.kind` = \"cuda\", but {error:#}"))])
+}
+
 fn device(config: &Config, identity: &Identity) -> Result<Device, Failure> {
     let threads = if config.device.threads > 0 { config.device.threads } else { (available_threads() / identity.local_world).max(1) };
     match config.device.kind {
         DeviceKind::Auto | DeviceKind::Cpu => Ok(Device::cpu(threads)),
         DeviceKind::Emulated => Ok(Device::emulated(None, false, threads)),
         DeviceKind::Cuda => {
+            let search = Search::new(&CudaPlaces::detect(&identity::environment()));
+            let started = probe::start(&search).map_err(|error| no_gpu(&error))?;
+            let (_, _) = started.gpu_of(identity.local_rank).map_err(|error| no_gpu(&error))?;
             let problem = Problem::new("device.kind", "this build trains on the cpu only").help("set it to \"cpu\", or leave it out");
             Err(Failure::Config(vec![problem]))
         }
