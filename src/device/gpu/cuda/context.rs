@@ -7,7 +7,7 @@
 use super::failure::{self, Refusal};
 use super::libraries::Search;
 use super::probe::{self, Facts, Found, Started};
-use super::table::{Driver, Texts, call};
+use super::table::{Driver, Texts};
 use crate::device::gpu::driver::Stream;
 use anyhow::{Context as _, Error, Result};
 use cudarc::driver::sys as cu;

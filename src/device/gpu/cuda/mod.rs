@@ -11,6 +11,9 @@
 
 #![allow(unsafe_code)]
 
+#[macro_use]
+pub mod table;
+
 pub mod arena;
 pub mod context;
 pub mod failure;
@@ -20,10 +23,12 @@ pub mod pinned;
 pub mod probe;
 pub mod products;
 pub mod recipe;
-pub mod table;
 
 #[cfg(test)]
+#[macro_use]
 mod fake;
+#[cfg(test)]
+mod fake_products;
 #[cfg(test)]
 mod tests;
 
@@ -40,7 +45,6 @@ use products::Multiplier;
 use recipe::Step;
 use std::ptr::null_mut;
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use table::call;
 
 /// What the driver and cuBLASLt take of a GPU for the kernels that a run uses, beside the memory that a plan foretells.
 pub const BYTES_FOR_KERNELS: usize = 256 << 20;
@@ -143,9 +147,7 @@ impl Cuda {
                     self.context.bound(Some("rows of a product"), |driver| unsafe { call!(driver.copy_rows, &copy, stream) })?;
                 }
                 Step::Product { sizes, a, b, d, bias } => {
-                    self.context.bound(None, |_| Ok(()))?;
-                    let stream = self.context.stream(Stream::Compute).cast();
-                    state.multiplier.multiply(stream, &sizes, [a, b, d], bias)?;
+                    state.multiplier.multiply(&self.context, &sizes, [a, b, d], bias)?;
                 }
             }
         }
@@ -200,7 +202,7 @@ impl Driver for Cuda {
     }
 
     fn launch(&self, stream: Stream, kernel: &str, grid: Grid, arguments: &[Argument]) -> Result<()> {
-        self.lock().modules.launch(&self.context, self.context.stream(stream), kernel, grid, arguments)
+        self.lock().modules.launch(&self.context, stream, kernel, grid, arguments)
     }
 
     fn gemm(&self, gemm: &Gemm) -> Result<()> {
@@ -230,11 +232,11 @@ impl Driver for Cuda {
     }
 
     fn upload(&self, stream: Stream, to: u64, bytes: &[u8]) -> Result<()> {
-        self.lock().pinned.upload(&self.context, self.context.stream(stream), to, bytes)
+        self.lock().pinned.upload(&self.context, stream, to, bytes)
     }
 
     fn download(&self, stream: Stream, from: u64, bytes: &mut [u8]) -> Result<()> {
-        self.lock().pinned.download(&self.context, self.context.stream(stream), from, bytes)
+        self.lock().pinned.download(&self.context, stream, from, bytes)
     }
 
     fn record(&self, stream: Stream) -> Result<Event> {

@@ -6,8 +6,7 @@
 #![allow(unsafe_code)]
 
 use super::context::Context;
-use super::table::call;
-use crate::device::gpu::driver::{Argument, Grid};
+use crate::device::gpu::driver::{Argument, Grid, Stream};
 use crate::device::gpu::kernels::{self, Architecture};
 use anyhow::{Context as _, Result, anyhow, ensure};
 use cudarc::driver::sys as cu;
@@ -50,7 +49,7 @@ impl Modules {
     }
 
     /// Queues `kernel` on `stream`.
-    pub fn launch(&mut self, context: &Context, stream: cu::CUstream, kernel: &str, grid: Grid, arguments: &[Argument]) -> Result<()> {
+    pub fn launch(&mut self, context: &Context, stream: Stream, kernel: &str, grid: Grid, arguments: &[Argument]) -> Result<()> {
         if !self.functions.contains_key(kernel) {
             let function = self.function(context, kernel)?;
             self.functions.insert(kernel.to_string(), function);
@@ -58,6 +57,7 @@ impl Modules {
         let function = self.functions.get_mut(kernel).with_context(|| format!("there is no kernel {kernel}"))?;
         check_arguments(kernel, &function.sizes, arguments)?;
         let Function { handle, shared, .. } = *function;
+        let stream = context.stream(stream);
         context.bound(Some(kernel), |driver| {
             if grid.shared_bytes > shared {
                 let attribute = cu::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;

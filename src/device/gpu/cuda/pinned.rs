@@ -9,7 +9,8 @@
 
 use super::context::{Context, new_event};
 use super::failure::Refusal;
-use super::table::{Driver, call};
+use super::table::Driver;
+use crate::device::gpu::driver::Stream;
 use anyhow::{Context as _, Result};
 use cudarc::driver::sys as cu;
 use std::ptr::{null_mut, slice_from_raw_parts, slice_from_raw_parts_mut};
@@ -74,7 +75,8 @@ impl Pinned {
     }
 
     /// Queues a copy of `bytes` to the GPU; they may be changed when this returns.
-    pub fn upload(&mut self, context: &Context, stream: cu::CUstream, to: u64, bytes: &[u8]) -> Result<()> {
+    pub fn upload(&mut self, context: &Context, stream: Stream, to: u64, bytes: &[u8]) -> Result<()> {
+        let stream = context.stream(stream);
         context.bound(Some("upload"), |driver| {
             for (piece, to) in bytes.chunks(PIECE).zip((to..).step_by(PIECE)) {
                 let place = self.free(driver)?;
@@ -93,7 +95,8 @@ impl Pinned {
     }
 
     /// Copies from the GPU to `bytes`, which are there when this returns.
-    pub fn download(&mut self, context: &Context, stream: cu::CUstream, from: u64, bytes: &mut [u8]) -> Result<()> {
+    pub fn download(&mut self, context: &Context, stream: Stream, from: u64, bytes: &mut [u8]) -> Result<()> {
+        let stream = context.stream(stream);
         context.bound(Some("download"), |driver| {
             // A piece is taken from its buffer when the next one is on its way.
             let mut before: Option<(usize, &mut [u8])> = None;

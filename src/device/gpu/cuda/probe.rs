@@ -6,13 +6,13 @@
 
 use super::failure::{self, Refusal, outcome};
 use super::libraries::{DRIVER, Loaded, Search, products};
-use super::table::{Driver, Products, Texts, call, products_version};
+use super::table::{Driver, Products, Texts, products_version};
 use anyhow::{Context, Error, Result, bail, ensure};
 use cudarc::driver::sys::CUdevice_attribute::{
     CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR as MAJOR, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR as MINOR,
 };
 use std::ffi::{CStr, c_char, c_int};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::mpsc;
 use std::time::Duration;
 
@@ -62,6 +62,11 @@ pub fn start(search: &Search) -> Result<Started> {
     let at = |error: Error| error.context(format!("{} is not a driver that ferrotron can use", loaded.path.display()));
     let (driver, texts) = (Driver::of(loaded.library()), Texts::of_driver(loaded.library()));
     started(driver.map_err(at)?, texts.map_err(at)?, loaded.path.clone())
+}
+
+/// Whether NVIDIA's driver is in this machine's kernel.
+pub fn is_installed() -> bool {
+    Path::new("/proc/driver/nvidia").exists() || Path::new("/dev/nvidiactl").exists() || Path::new("/dev/dxg").exists()
 }
 
 /// Starts a driver whose functions are known.

@@ -15,7 +15,8 @@ use super::context::Context;
 use super::failure::{self, Refusal};
 use super::probe::Found;
 use super::recipe::{Columns, Key, Sizes, out_dtype};
-use super::table::{Products, Texts, call};
+use super::table::{Products, Texts};
+use crate::device::gpu::driver::Stream;
 use crate::dtype::Dtype;
 use anyhow::{Error, Result, bail};
 use cudarc::cublaslt::sys as lt;
@@ -86,8 +87,9 @@ impl Multiplier {
         Ok(Multiplier { table, texts, handle, operations: HashMap::new(), plans: HashMap::new() })
     }
 
-    /// Queues a product on `stream`, of cuBLASLt's A, B and D; the context is bound.
-    pub fn multiply(&mut self, stream: lt::cudaStream_t, sizes: &Sizes, [a, b, d]: [u64; 3], bias: u64) -> Result<()> {
+    /// Queues a product of cuBLASLt's A and B into D on the stream of `Compute`.
+    pub fn multiply(&mut self, context: &Context, sizes: &Sizes, [a, b, d]: [u64; 3], bias: u64) -> Result<()> {
+        context.bound(None, |_| Ok(()))?;
         self.prepare(sizes, bias)?;
         let (Operation { description, algorithm }, plan) = (&self.operations[&sizes.key], &self.plans[sizes]);
         if sizes.key.bias {
@@ -114,7 +116,7 @@ impl Multiplier {
                 algorithm,
                 null_mut(),
                 0,
-                stream,
+                context.stream(Stream::Compute).cast(),
             )
         };
         queued.map_err(|refusal| self.sentence(refusal, &sizes.key))
@@ -155,17 +157,22 @@ impl Multiplier {
             self.set(&description, Set::CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias).map_err(refused)?;
         }
         let canonical = self.plan(&key.sizes(CANONICAL, CANONICAL)).map_err(refused)?;
-        // Few rows or columns are asked for, too: of all sizes these are the ones that an algorithm may not be made for.
+        // Of several, one is taken that does few rows and columns as well: what it cannot do later would be an error.
         let few = 16 / key.dtype.bytes();
         let corners = [(few, few), (few, CANONICAL), (CANONICAL, few)].map(|(m, n)| self.plan(&key.sizes(m, n)));
         let corners = corners.into_iter().collect::<Result<Vec<Plan>, Refusal>>().map_err(refused)?;
         let candidates = self.candidates(&description, &canonical).map_err(refused)?;
         let count = candidates.len();
+        let mut whole = Vec::new();
         for algorithm in candidates {
-            let whole = self.is_whole(&algorithm).map_err(refused)?;
-            if whole && corners.iter().chain([&canonical]).all(|plan| self.check(&description, plan, &algorithm).is_ok()) {
-                return Ok(Operation { description, algorithm });
+            if self.is_whole(&algorithm).map_err(refused)? && self.check(&description, &canonical, &algorithm).is_ok() {
+                whole.push(algorithm);
             }
+        }
+        let everywhere =
+            |algorithm: &&lt::cublasLtMatmulAlgo_t| corners.iter().all(|plan| self.check(&description, plan, algorithm).is_ok());
+        if let Some(&algorithm) = whole.iter().find(everywhere).or(whole.first()) {
+            return Ok(Operation { description, algorithm });
         }
         bail!(
             "cuBLASLt has no algorithm for {} that adds in one order: none of the {count} that it proposes does without cutting k and without \

@@ -27,7 +27,6 @@ macro_rules! call {
         $crate::device::gpu::cuda::failure::outcome($function.name, ($function.pointer)($($argument),*))
     };
 }
-pub(super) use call;
 
 macro_rules! table {
     ($(#[$doc:meta])* $table:ident of $sys:ident, which return $status:ty; $($name:ident = $symbol:ident($($argument:ty),*);)*) => {
