@@ -34,7 +34,7 @@ mod tests;
 
 use super::driver::{Argument, Driver, Event, Gemm, Grid, Stream};
 use anyhow::{Context as _, Error, Result, anyhow, ensure};
-use arena::Arena;
+use arena::{Arena, GRANULE};
 use context::Context;
 use cudarc::driver::sys as cu;
 use failure::{OUT_OF_MEMORY, Refusal};
@@ -107,6 +107,7 @@ impl Cuda {
         if !taken {
             return Err(self.out_of_memory(&state.arena, bytes));
         }
+        ensure!(start.is_multiple_of(GRANULE as u64), "the driver gave memory at {start:#x}, which is no multiple of {GRANULE} bytes");
         state.arena.add(start, bytes);
         Ok(())
     }

@@ -19,6 +19,9 @@ use std::time::Duration;
 /// CUDA 12.8, release 570: the oldest driver that reads the kernels' PTX (its language is version 8.7).
 const OLDEST_DRIVER: i32 = 12080;
 
+/// The newest version of CUDA whose libraries are known here.
+const NEWEST_MAJOR: i32 = 13;
+
 /// The oldest GPUs that compute in bf16.
 const OLDEST_CAPABILITY: (i32, i32) = (8, 0);
 
@@ -97,21 +100,25 @@ pub fn version_words(version: i32) -> String {
     format!("{}.{}", version / 1000, version % 1000 / 10)
 }
 
+/// Loads a cuBLASLt for a driver of this major version.
+fn products_for(major: i32, search: &Search) -> Result<Found> {
+    let help = format!(
+        "it comes with the CUDA toolkit {major} and with the Python package nvidia-cublas (nvidia-cublas-cu12 for CUDA 12): activate its \
+         environment, or point FERROTRON_CUDA_LIBRARIES at the folder that has it"
+    );
+    let loaded: Loaded = search.load("cuBLASLt", products(major), &help)?;
+    let library = loaded.library();
+    let found = || -> Result<Found> {
+        let (products, texts) = (Products::of(library)?, Texts::of_products(library)?);
+        Ok(Found { products, texts, path: loaded.path.clone(), version: products_version(library)? })
+    };
+    found().with_context(|| format!("{} is not a cuBLASLt that ferrotron can use", loaded.path.display()))
+}
+
 impl Started {
     /// Loads the cuBLASLt that goes with the driver.
     pub fn products(&self, search: &Search) -> Result<Found> {
-        let major = self.version / 1000;
-        let help = format!(
-            "it comes with the CUDA toolkit {major} and with the Python package nvidia-cublas (nvidia-cublas-cu12 for CUDA 12): activate \
-             its environment, or point FERROTRON_CUDA_LIBRARIES at the folder that has it"
-        );
-        let loaded: Loaded = search.load("cuBLASLt", products(major), &help)?;
-        let library = loaded.library();
-        let found = || -> Result<Found> {
-            let (products, texts) = (Products::of(library)?, Texts::of_products(library)?);
-            Ok(Found { products, texts, path: loaded.path.clone(), version: products_version(library)? })
-        };
-        found().with_context(|| format!("{} is not a cuBLASLt that ferrotron can use", loaded.path.display()))
+        products_for(self.version / 1000, search)
     }
 
     /// The GPUs that this process may use, those that are too old included.
@@ -188,9 +195,14 @@ pub fn report(search: Search) -> Vec<(String, String)> {
 
 fn facts(search: &Search) -> Vec<(String, String)> {
     let missing = |error: Error| format!("{error:#}");
+    let products = |major| {
+        let version = |found: Found| format!("{}.{}, {}", found.version / 10000, found.version % 10000 / 100, found.path.display());
+        ("libcublaslt".to_string(), products_for(major, search).map_or_else(missing, version))
+    };
     let started = match start(search) {
         Ok(started) => started,
-        Err(error) => return vec![("cuda".to_string(), missing(error))],
+        // Login nodes have no driver, but often the libraries that other nodes use.
+        Err(error) => return vec![("cuda".to_string(), missing(error)), products(NEWEST_MAJOR)],
     };
     let mut facts = vec![("cuda".to_string(), format!("{}, by {}", version_words(started.version), started.path.display()))];
     match started.gpus() {
@@ -206,9 +218,7 @@ fn facts(search: &Search) -> Vec<(String, String)> {
         })),
         Err(error) => facts.push(("gpu".to_string(), missing(error))),
     }
-    let found = started.products(search);
-    let version = |found: Found| format!("{}.{}, {}", found.version / 10000, found.version % 10000 / 100, found.path.display());
-    facts.push(("libcublaslt".to_string(), found.map_or_else(missing, version)));
+    facts.push(products(started.version / 1000));
     facts
 }
 
@@ -248,6 +258,6 @@ mod tests {
         std::fs::remove_dir_all(folder).ok();
         assert_eq!(facts[0].0, "cuda");
         // Where there is a driver besides, it is used.
-        assert!(facts.len() > 1 || facts[0].1.contains("libcuda.so.1 (") || facts[0].1.contains("cannot be loaded"), "{facts:?}");
+        assert!(facts.len() > 2 || facts[0].1.contains("libcuda.so.1 (") || facts[0].1.contains("cannot be loaded"), "{facts:?}");
     }
 }
