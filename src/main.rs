@@ -14,9 +14,11 @@ use ferrotron::config::source::Problems;
 use ferrotron::config::{Config, Model};
 use ferrotron::data::prepare::prepare;
 use ferrotron::data::tokenizer::Tokenizer;
+use ferrotron::device::gpu::cuda::libraries::Search;
+use ferrotron::device::gpu::cuda::probe;
 use ferrotron::dtype::Dtype;
 use ferrotron::launch::doctor;
-use ferrotron::launch::identity::{self, Identity};
+use ferrotron::launch::identity::{self, CudaPlaces, Identity};
 use ferrotron::launch::options::LaunchOptions;
 use ferrotron::launch::supervisor;
 use ferrotron::plan::Plan;
@@ -177,7 +179,11 @@ fn main() -> ExitCode {
         Command::Checkpoint(command) => checkpoint(&command),
         Command::Generate(arguments) => generate(&arguments),
         Command::Bench(arguments) => bench(&arguments),
-        Command::Doctor => print(&doctor::report(&identity::environment())),
+        Command::Doctor => {
+            let environment = identity::environment();
+            let gpu = probe::report(Search::new(&CudaPlaces::detect(&environment)));
+            print(&doctor::report(&environment, &gpu))
+        }
         Command::Completions { shell } => {
             let mut script = Vec::new();
             clap_complete::generate(shell, &mut Cli::command(), "ferrotron", &mut script);

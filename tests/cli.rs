@@ -85,6 +85,41 @@ fn a_wrong_configuration_is_2_and_writes_nothing() {
     assert_eq!(code(&ferrotron(&["launch", "trian", path])), 2);
 }
 
+/// On a machine with a GPU there is nothing to be told.
+#[test]
+fn a_gpu_that_is_not_there_is_told_under_its_key() {
+    if Path::new("/dev/nvidiactl").exists() || Path::new("/dev/dxg").exists() {
+        return;
+    }
+    let folder = folder("no-gpu");
+    let path = tiny(&folder);
+    let path = path.to_str().expect("a path of ours");
+    let output = ferrotron(&["train", path, "--set", "device.kind=cuda"]);
+    let text = err(&output);
+    assert_eq!((code(&output), folder.join("run").exists()), (2, false), "{text}");
+    for part in
+        ["`device.kind` = \"cuda\", but NVIDIA's driver (libcuda.so.1) was not found", "--set device.kind=cuda", "570", "FERROTRON_CUDA"]
+    {
+        assert!(text.contains(part), "{part}: {text}");
+    }
+    // Where a folder is pointed at, it is among those that are named; what is no library is told as such.
+    let pointed = |file: Option<&str>| {
+        if let Some(file) = file {
+            std::fs::write(folder.join("libcuda.so.1"), file).expect("a file of the test's own");
+        }
+        let mut command = Command::new(env!("CARGO_BIN_EXE_ferrotron"));
+        command.arg("doctor").env_clear().env("FERROTRON_CUDA_LIBRARIES", &folder);
+        out(&command.output().expect("the program starts"))
+    };
+    let named = format!("FERROTRON_CUDA_LIBRARIES ({})", folder.display());
+    assert!(pointed(None).contains(&named), "{}", pointed(None));
+    let broken = pointed(Some("text"));
+    assert!(broken.contains("cannot be loaded") && broken.contains(&folder.join("libcuda.so.1").display().to_string()), "{broken}");
+    // What is found by itself is left out in silence.
+    let output = ferrotron(&["train", path]);
+    assert_eq!((code(&output), err(&output).contains("GPU")), (0, false), "{}", err(&output));
+}
+
 #[test]
 fn plan_needs_nothing_but_the_configuration() {
     let output = ferrotron(&["plan", "configs/quickstart.toml"]);

@@ -1,6 +1,6 @@
 //! Who a process is, under every launcher: the variables below were seen under torchrun 2.13, Slurm 22.05 and Open MPI 4.1.
 
-use ferrotron::launch::identity::{Environment, Identity, hosts, task_counts, wants_color};
+use ferrotron::launch::identity::{CudaPlaces, Environment, Identity, hosts, task_counts, wants_color};
 use proptest::prelude::{prop, prop_assert, prop_assert_eq, proptest};
 
 fn environment(variables: &str) -> Environment {
@@ -166,4 +166,13 @@ proptest! {
         let _ = hosts(&text);
         let _ = task_counts(&text);
     }
+}
+
+#[test]
+fn folders_of_cuda_are_where_the_user_points_and_in_active_environments() {
+    let places = |variables: &str| CudaPlaces::detect(&environment(variables));
+    let words = |paths: &[std::path::PathBuf]| paths.iter().map(|path| path.display().to_string()).collect::<Vec<_>>();
+    let found = places("FERROTRON_CUDA_LIBRARIES=/a:/b: CONDA_PREFIX=/conda VIRTUAL_ENV=/venv");
+    assert_eq!((words(&found.given), words(&found.environments)), (vec!["/a".into(), "/b".into()], vec!["/venv".into(), "/conda".into()]));
+    assert_eq!(places("FERROTRON_CUDA_LIBRARIES= VIRTUAL_ENV="), CudaPlaces::default());
 }

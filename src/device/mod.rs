@@ -11,6 +11,9 @@ use crate::shape::Shape;
 use anyhow::{Result, bail};
 use cpu::Cpu;
 use gpu::Gpu;
+use gpu::cuda::Cuda;
+use gpu::cuda::context::Context;
+use gpu::cuda::probe::Found;
 use gpu::driver::Driver;
 use gpu::emulated::Emulated;
 use mapped::OffloadFile;
@@ -53,6 +56,11 @@ impl Device {
 
     pub fn gpu(driver: Box<dyn Driver>) -> Device {
         Device::Gpu(Arc::new(Gpu::new(driver)))
+    }
+
+    /// A real GPU, with `bytes` of its memory; `help`: what to do where they run out.
+    pub fn cuda(context: Context, found: Found, bytes: usize, help: String) -> Result<Device> {
+        Ok(Device::Gpu(Arc::new(Gpu::new(Box::new(Cuda::new(context, found, bytes, help)?)))))
     }
 
     /// A device that only counts what the CPU would take.

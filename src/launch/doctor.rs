@@ -1,6 +1,7 @@
 //! What this machine has that training could use, and what it lacks, as text for people.
 //!
-//! Invariant: it only looks. No library is loaded, no device opened, and what cannot be read is said to be unknown.
+//! Invariant: it only looks: no library is loaded and no device opened here, and what cannot be read is said to be unknown. What a GPU's
+//! driver answers is asked elsewhere (`device/gpu/cuda/probe.rs`, which loads it and does not wait for ever) and only shown.
 
 use super::identity::{Environment, Identity};
 use rustix::fs::{MemfdFlags, memfd_create, statvfs};
@@ -9,7 +10,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// Where the loader looks for libraries besides `LD_LIBRARY_PATH`, on the distributions that clusters run.
-const LIBRARY_FOLDERS: [&str; 10] = [
+pub const LIBRARY_FOLDERS: [&str; 10] = [
     "/usr/lib/x86_64-linux-gnu",
     "/usr/lib/aarch64-linux-gnu",
     "/usr/lib64",
@@ -22,9 +23,9 @@ const LIBRARY_FOLDERS: [&str; 10] = [
     "/usr/local/nvidia/lib64",
 ];
 
-/// The report, one fact a line.
-pub fn report(environment: &Environment) -> String {
-    let facts = [
+/// The report, one fact a line. `gpu`: what the driver of GPUs says, each with its name.
+pub fn report(environment: &Environment, gpu: &[(String, String)]) -> String {
+    let machine = [
         ("version", env!("CARGO_PKG_VERSION").to_string()),
         ("processor", processor()),
         ("instructions", instructions()),
@@ -33,13 +34,15 @@ pub fn report(environment: &Environment) -> String {
         ("locked memory", limit(Resource::Memlock, MIB, " MiB")),
         ("shared memory", shared_memory()),
         ("nvidia driver", driver()),
-        ("libcuda", library("libcuda.so", environment)),
+    ];
+    let rest = [
         ("libnccl", library("libnccl.so", environment)),
         ("fabric", listing("/sys/class/infiniband", |_| true)),
         ("network", listing("/sys/class/net", |name| name != "lo")),
         ("identity", Identity::detect(environment).map_or_else(|error| format!("cannot be told: {error:#}"), |found| found.describe())),
     ];
-    facts.iter().map(|(name, fact)| format!("{name:<14} {fact}\n")).collect()
+    let gpu = gpu.iter().map(|(name, fact)| (name.as_str(), fact.clone()));
+    machine.into_iter().chain(gpu).chain(rest).map(|(name, fact)| format!("{name:<14} {fact}\n")).collect()
 }
 
 const MIB: f64 = (1u64 << 20) as f64;

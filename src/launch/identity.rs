@@ -35,6 +35,24 @@ pub fn wants_color(environment: &Environment, terminal: bool) -> bool {
     terminal && !set("NO_COLOR") && environment.get("TERM").is_none_or(|term| term != "dumb")
 }
 
+/// Folders in which libraries of CUDA may be, from variables.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct CudaPlaces {
+    /// Where the user points: `FERROTRON_CUDA_LIBRARIES`, with `:` between folders.
+    pub given: Vec<PathBuf>,
+    /// Active Python environments, whose packages may bring libraries along.
+    pub environments: Vec<PathBuf>,
+}
+
+impl CudaPlaces {
+    pub fn detect(environment: &Environment) -> CudaPlaces {
+        let variables = Variables(environment);
+        let given = variables.get("FERROTRON_CUDA_LIBRARIES").unwrap_or_default().split(':').filter(|folder| !folder.is_empty());
+        let environments = ["VIRTUAL_ENV", "CONDA_PREFIX"].into_iter().filter_map(|name| variables.get(name));
+        CudaPlaces { given: given.map(PathBuf::from).collect(), environments: environments.map(PathBuf::from).collect() }
+    }
+}
+
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Identity {
     pub rank: usize,

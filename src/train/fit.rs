@@ -1,10 +1,10 @@
-//! Whether a plan fits the memory that `device.memory` allows, and if not, which settings would make it fit.
+//! Whether a plan fits the memory that a rank may use, and if not, which settings would make it fit.
 //!
 //! Invariant: what is said to fit was rehearsed, on the fullest rank.
 
 use crate::config::choice::Choice;
 use crate::config::source::Problem;
-use crate::config::{Config, Offload, Recompute};
+use crate::config::{Config, DeviceKind, Offload, Recompute};
 use crate::plan::Plan;
 use crate::train::forecast;
 use crate::train::rehearsal::Footprint;
@@ -12,21 +12,49 @@ use crate::train::report::short_bytes;
 use anyhow::Result;
 use std::path::PathBuf;
 
-/// The problem with a plan that needs more memory than a rank may use.
+/// How much memory a rank may use, and who says so.
+#[derive(Clone, Debug)]
+pub struct Limit {
+    pub bytes: u64,
+    pub words: String,
+}
+
+impl Limit {
+    /// What the configuration allows.
+    pub fn configured(config: &Config) -> Option<Limit> {
+        config.device.memory.map(|bytes| Limit { bytes, words: format!("`device.memory` = {}", short_bytes(bytes)) })
+    }
+}
+
+/// The problem with a plan that needs more memory than the configuration allows.
 pub fn check(config: &Config, plan: &Plan) -> Result<Option<Problem>> {
-    let Some(limit) = config.device.memory else { return Ok(None) };
+    match Limit::configured(config) {
+        Some(limit) => check_within(config, plan, &limit),
+        None => Ok(None),
+    }
+}
+
+/// The problem with a plan that needs more memory than `limit`.
+pub fn check_within(config: &Config, plan: &Plan, limit: &Limit) -> Result<Option<Problem>> {
     let (rank, at) = fullest(config, plan)?;
-    if at.peak as u64 <= limit {
+    if at.peak as u64 <= limit.bytes {
         return Ok(None);
     }
     let [peak, weights, gradients, optimizer, activations, workspace] =
         [at.peak, at.weights, at.gradients, at.optimizer, at.activations, at.workspace].map(|size| short_bytes(size as u64));
     let message = format!(
-        "`device.memory` = {}, but rank {rank} needs {peak}: weights {weights}, gradients {gradients}, optimizer {optimizer}, \
-         activations {activations}, workspace {workspace}",
-        short_bytes(limit)
+        "{}, but rank {rank} needs {peak}: weights {weights}, gradients {gradients}, optimizer {optimizer}, activations {activations}, \
+         workspace {workspace}",
+        limit.words
     );
-    Ok(Some(Problem::new("device.memory", message).help(advice(config, plan, limit)?)))
+    Ok(Some(Problem::new("device.memory", message).help(advice(config, plan, limit.bytes)?)))
+}
+
+/// What would need less memory, where nobody knows by how much.
+pub fn help(config: &Config, plan: &Plan) -> String {
+    let names: Vec<&str> = settings(config, plan).iter().map(|(text, _)| *text).collect();
+    let more = "more ranks (tp, pp, dp_shard) or a smaller model";
+    if names.is_empty() { format!("{more} would need less") } else { format!("{}, {more} would need less", names.join(", ")) }
 }
 
 /// The rank that needs most, of the first at each place of the pipeline, and what it needs.
@@ -62,7 +90,10 @@ fn settings(config: &Config, plan: &Plan) -> Vec<Setting> {
         ];
         stages[plan.zero..].iter().for_each(|(text, set)| offer(text, *set));
     }
-    // A rehearsal makes no file: any name will do.
+    // A rehearsal makes no file: any name will do. What a GPU has in its memory does not go to files.
+    if !matches!(config.device.kind, DeviceKind::Auto | DeviceKind::Cpu) {
+        return settings;
+    }
     if config.parallel.offload_optimizer == Offload::None {
         offer("parallel.offload_optimizer = \"<folder>\"", |config| {
             config.parallel.offload_optimizer = Offload::Folder(PathBuf::from("."))

@@ -5,6 +5,7 @@ pub mod evaluate;
 pub mod fit;
 pub mod forecast;
 pub mod generate;
+pub mod hardware;
 pub mod learning_rate;
 pub mod loss_scale;
 pub mod rehearsal;

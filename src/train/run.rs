@@ -7,8 +7,8 @@ use crate::bench::machine;
 use crate::checkpoint::load::Checkpoint;
 use crate::checkpoint::save::{Options, Writer};
 use crate::checkpoint::{commit, folder};
+use crate::config::Config;
 use crate::config::source::Problem;
-use crate::config::{Config, DeviceKind};
 use crate::data::loader::Loader;
 use crate::data::tokenizer::Tokenizer;
 use crate::device::Device;
@@ -20,11 +20,13 @@ use crate::plan::Plan;
 use crate::plan::budget::{self, Flops};
 use crate::plan::catalog;
 use crate::train::evaluate::Validation;
+use crate::train::fit::{self, Limit};
 use crate::train::generate::{self, Sampling};
+use crate::train::hardware::Hardware;
 use crate::train::report::{Facts, Reporter, Step, StepClock, short_count};
 use crate::train::step::{Outcome, Trainer};
 use crate::train::team::Team;
-use crate::train::{corpora, fit, forecast, resume};
+use crate::train::{corpora, forecast, resume};
 use anyhow::{Context, Result};
 use std::fs;
 use std::path::Path;
@@ -66,14 +68,22 @@ pub fn run(config: &Config, identity: &Identity) -> Result<Ending, Failure> {
 }
 
 fn run_rank(config: &Config, identity: &Identity) -> Result<Ending, Failure> {
-    let device = device(config, identity)?;
-    // Before anybody waits for anybody: a layout that cannot be is known at once.
+    // Before anybody waits for anybody: a device that is not there and a layout that cannot be are known at once.
+    let hardware = Hardware::find(config, identity).map_err(|problem| Failure::Config(vec![problem]))?;
     Plan::new(config, identity.world, None).map_err(Failure::Config)?;
     let team = Team::join(config, identity)?;
     check_data(config, &team)?;
-    let (checkpoint, notes) = resume::find(config, &team)?;
-    let (plan, note) = plan_on(config, identity.world, checkpoint.as_ref())?;
-    let writer = open_run(config, identity, &plan, &team)?;
+    let hardware = hardware.agreed(config, identity, &team)?;
+    let (checkpoint, mut notes) = resume::find(config, &team)?;
+    notes.extend(hardware.note().map(str::to_string));
+    let (decided, limit) = (hardware.decided(config), hardware.limit(config, &team)?);
+    let (plan, note) = plan_on(&decided, identity.world, checkpoint.as_ref(), limit.as_ref())?;
+    let told = |error: anyhow::Error| {
+        team.fail(&error);
+        Failure::Error(error)
+    };
+    let device = hardware.device(&decided, &plan, identity.rank, limit.as_ref()).map_err(told)?;
+    let writer = open_run([config, &decided], identity, &plan, &team)?;
     let stop = StopRequest::listen()?;
     let groups = team.groups(&plan.mesh)?;
     let peak = peak_flops(&device, identity, plan.dtype);
@@ -91,14 +101,16 @@ fn run_rank(config: &Config, identity: &Identity) -> Result<Ending, Failure> {
         device.memory().reset_peak();
         Run { config, device: &device, trainer, reporter, writer, stop, loader, validation, saved: None, unsaved: None }.train(done)
     });
-    ending.map_err(|error: anyhow::Error| {
-        team.fail(&error);
-        Failure::Error(error)
-    })
+    ending.map_err(told)
 }
 
 /// The plan of the run, which fits its device; one that goes on keeps model and geometry.
-fn plan_on(config: &Config, world: usize, checkpoint: Option<&Checkpoint>) -> Result<(Plan, Option<String>), Failure> {
+fn plan_on(
+    config: &Config,
+    world: usize,
+    checkpoint: Option<&Checkpoint>,
+    limit: Option<&Limit>,
+) -> Result<(Plan, Option<String>), Failure> {
     if let Some(checkpoint) = checkpoint {
         let problems = resume::problems(checkpoint, config)?;
         if !problems.is_empty() {
@@ -109,7 +121,7 @@ fn plan_on(config: &Config, world: usize, checkpoint: Option<&Checkpoint>) -> Re
     let begun = checkpoint.filter(|checkpoint| checkpoint.index.facts.step > 0);
     let kept = begun.map(resume::geometry).transpose()?;
     let (plan, note) = resume::plan(config, world, kept).map_err(Failure::Config)?;
-    match fit::check(config, &plan)? {
+    match limit.map(|limit| fit::check_within(config, &plan, limit)).transpose()?.flatten() {
         Some(problem) => Err(Failure::Config(vec![problem])),
         None => Ok((plan, note)),
     }
@@ -313,20 +325,9 @@ fn check_data(config: &Config, team: &Team) -> Result<(), Failure> {
     Err(Failure::Config(missing.iter().map(|(key, message)| Problem::new(key, message).help(here)).collect()))
 }
 
-fn device(config: &Config, identity: &Identity) -> Result<Device, Failure> {
-    let threads = if config.device.threads > 0 { config.device.threads } else { (available_threads() / identity.local_world).max(1) };
-    match config.device.kind {
-        DeviceKind::Auto | DeviceKind::Cpu => Ok(Device::cpu(threads)),
-        DeviceKind::Emulated => Ok(Device::emulated(None, false, threads)),
-        DeviceKind::Cuda => {
-            let problem = Problem::new("device.kind", "this build trains on the cpu only").help("set it to \"cpu\", or leave it out");
-            Err(Failure::Config(vec![problem]))
-        }
-    }
-}
-
-/// Makes the run's folder and takes possession of its checkpoints. The first thing that is written.
-fn open_run(config: &Config, identity: &Identity, plan: &Plan, team: &Team) -> Result<Writer> {
+/// Makes the run's folder and takes possession of its checkpoints. The first thing that is written. The configuration is as given, and
+/// with `auto` decided.
+fn open_run([config, decided]: [&Config; 2], identity: &Identity, plan: &Plan, team: &Team) -> Result<Writer> {
     let checkpoints = resume::checkpoints(config);
     let incarnation = team.decide(|| {
         fs::create_dir_all(&checkpoints).with_context(|| format!("making run.dir = {}", config.run.dir.display()))?;
@@ -345,7 +346,7 @@ fn open_run(config: &Config, identity: &Identity, plan: &Plan, team: &Team) -> R
     team.decide(|| {
         folder::check_space(&config.run.dir, budget::checkpoint_bytes(plan))?;
         replace(&config.run.dir.join("config.toml"), &config.to_toml())?;
-        replace(&config.run.dir.join("plan.txt"), &forecast::text(config, plan)?)
+        replace(&config.run.dir.join("plan.txt"), &forecast::text(decided, plan)?)
     })?;
     Ok(writer)
 }

@@ -80,6 +80,14 @@ impl Team {
         }
     }
 
+    /// The least of what each rank gives.
+    pub fn least(&self, mine: u64) -> Result<u64> {
+        let all = self.group.exchange(&mine.to_le_bytes())?;
+        let numbers = all.iter().map(|bytes| Ok(u64::from_le_bytes(bytes.as_slice().try_into().context("a number of another rank")?)));
+        let numbers: Vec<u64> = numbers.collect::<Result<_>>()?;
+        Ok(numbers.into_iter().min().unwrap_or(mine))
+    }
+
     /// Rank 0 does `work` first, then the others do.
     pub fn first_rank_first<T>(&self, work: impl FnOnce() -> Result<T>) -> Result<T> {
         if self.rank == 0 {

@@ -34,7 +34,7 @@ pub struct Argument {
 }
 
 /// How the numbers of a matrix that is an operand of a product lie in memory.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub enum Order {
     /// The dim that is summed over is the inner one.
     SummedInner,

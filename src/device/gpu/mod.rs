@@ -5,6 +5,7 @@
 //!
 //! Invariant: after a failure no kernel runs, and no number that came from the device is used.
 
+pub mod cuda;
 pub mod driver;
 pub mod emulated;
 pub mod kernels;
