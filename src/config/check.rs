@@ -58,10 +58,6 @@ pub fn evaluation(eval: &Eval, data: &Data, findings: &mut Findings) {
 
 pub fn schedule(schedule: &Schedule, steps: u64, lr: f64, findings: &mut Findings) {
     let Schedule { kind, warmup_steps: warmup, decay_steps, min_lr, wsd_decay_steps, .. } = *schedule;
-    if warmup > steps {
-        let message = format!("`schedule.warmup_steps` = {warmup} is above `train.steps` = {steps}");
-        conflict(findings, &["schedule.warmup_steps", "train.steps"], message, format!("warmup_steps {steps} or less"));
-    }
     if min_lr > lr {
         let message = format!("`schedule.min_lr` = {min_lr:e} is above `optimizer.lr` = {lr:e}");
         let help = format!("min_lr {lr:e} or less; a tenth of it is usual");

@@ -287,7 +287,7 @@ pub struct Schedule {
     /// Default `cosine`.
     #[serde(serialize_with = "name")]
     pub kind: ScheduleKind,
-    /// Update k of the warm-up (k = 1..=W) uses lr × k / W. Default 0.
+    /// Update k of the warm-up (k = 1..=W) uses lr × k / W; a run may end before. Default 0.
     pub warmup_steps: u64,
     /// Step at which `min_lr` is reached, counted from the start; 0: the last one. Default 0.
     pub decay_steps: u64,
