@@ -12,7 +12,7 @@ use crate::warp::{Group, State};
 
 /// Steps of a warp before the next one has its turn, where no seed says otherwise: enough that a warp that waits in a loop for
 /// another one costs little.
-const SLICE: u32 = 1 << 14;
+const SLICE: u32 = 1 << 10;
 /// A warp with so many steps will not end: some ten seconds of our time.
 const STEPS: u64 = 1 << 29;
 

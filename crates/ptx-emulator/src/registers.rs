@@ -27,7 +27,13 @@ macro_rules! lane {
         impl Lane for $type {
             #[inline(always)]
             fn read(registers: &Registers, slot: u32) -> [Self; LANES] {
-                registers.$file[slot as usize].map($from)
+                // A plain loop: `map` of an array is not vectorised.
+                let lanes = &registers.$file[slot as usize];
+                let mut values = [<$type>::default(); LANES];
+                for (value, lane) in values.iter_mut().zip(lanes) {
+                    *value = $from(*lane);
+                }
+                values
             }
 
             #[inline(always)]

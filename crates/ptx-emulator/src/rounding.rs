@@ -6,10 +6,11 @@ use crate::instruction::{HalfFormat, Rounding};
 
 pub(crate) const NAN: u32 = 0x7FFF_FFFF;
 
-/// The f32 with the hardware's NaN.
+/// The f32 with the hardware's NaN. On bits, as a compiler may take any NaN for any other.
 #[inline(always)]
 pub(crate) fn canonical(value: f32) -> f32 {
-    if value.is_nan() { f32::from_bits(NAN) } else { value }
+    let bits = value.to_bits();
+    f32::from_bits(if bits & 0x7FFF_FFFF > 0x7F80_0000 { NAN } else { bits })
 }
 
 /// A subnormal becomes a zero of its sign.

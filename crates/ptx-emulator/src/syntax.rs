@@ -301,6 +301,7 @@ impl<'a> Parser<'a> {
             }
             Token::Sign(b';') => {}
             Token::Location { file, line } => body.push(Statement::Location(file, line)),
+            Token::Word(".extern") => {}
             Token::Word(".pragma") => self.skip_past(b';')?,
             Token::Word(".reg") => self.registers(body)?,
             Token::Word(word) if space(word).is_some() => {

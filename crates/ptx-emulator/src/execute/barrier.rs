@@ -162,9 +162,13 @@ impl Machine<'_> {
     /// A warp has exited: barriers that expect all of the block may be complete now.
     pub(crate) fn barriers_after_exit(&mut self) -> Result<(), Fault> {
         for number in 0..self.barriers.len() {
-            if self.barriers[number].expected == 0 {
-                self.open_if_complete(number)?;
+            if self.barriers[number].expected > 0 {
+                continue;
             }
+            if let (Some(waiting), true) = (self.barriers[number].waiting.first().copied(), self.checked()) {
+                none_exited(self, At { warp: waiting.warp, pc: waiting.pc, mask: waiting.mask })?;
+            }
+            self.open_if_complete(number)?;
         }
         Ok(())
     }

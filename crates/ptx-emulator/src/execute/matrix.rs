@@ -31,34 +31,41 @@ pub(super) fn multiply(machine: &mut Machine<'_>, at: At, multiply: &Multiply) -
         return Ok(Flow::Park);
     }
     let registers = &mut machine.warps[at.warp].registers;
-    let mut sums = [[0f32; 8]; 16];
+    let mut sums = [0f32; 16 * COLUMNS];
     read_sums(registers, multiply, &mut sums);
     let (a, b) = (read_a(registers, multiply), read_b(registers, multiply));
-    for (row, sum) in a.iter().zip(&mut sums) {
-        for (factor, b) in row[..multiply.depth].iter().zip(&b) {
+    for (row, sums) in a.chunks_exact(DEPTH).zip(sums.chunks_exact_mut(COLUMNS)) {
+        // A copy, so that the sums of a row stay in registers of the host.
+        let mut sum: [f32; COLUMNS] = std::array::from_fn(|column| sums[column]);
+        for (factor, b) in row[..multiply.depth].iter().zip(b.chunks_exact(COLUMNS)) {
             for (sum, b) in sum.iter_mut().zip(b) {
                 *sum += factor * b;
             }
         }
+        sums.copy_from_slice(&sum);
     }
     write_sums(registers, multiply, &sums);
     Ok(Flow::Next)
 }
 
-/// Of lane 4g+t, register i of A holds row g + 8 (i odd) and, of 16-bit elements, columns 2t, 2t+1 + 8 (i over 1); a wider element
-/// has column t + 4 (i over 1).
-fn read_a(registers: &Registers, multiply: &Multiply) -> [[f32; 16]; 16] {
-    let mut a = [[0f32; 16]; 16];
+const DEPTH: usize = 16;
+const COLUMNS: usize = 8;
+
+/// A by rows. Of lane 4g+t, register i holds row g + 8 (i odd) and, of 16-bit elements, columns 2t, 2t+1 + 8 (i over 1); a wider
+/// element has column t + 4 (i over 1).
+fn read_a(registers: &Registers, multiply: &Multiply) -> [f32; 16 * DEPTH] {
+    let mut a = [0f32; 16 * DEPTH];
     for (i, slot) in multiply.a.iter().enumerate() {
-        for (lane, bits) in registers.words[*slot as usize].iter().enumerate() {
-            let (g, t) = (lane / 4, lane % 4);
-            let row = &mut a[g + 8 * (i % 2)];
-            let [low, high] = elements(*bits, multiply.factor);
+        let rows = &mut a[8 * DEPTH * (i % 2)..][..8 * DEPTH];
+        for (row, lanes) in rows.chunks_exact_mut(DEPTH).zip(registers.words[*slot as usize].chunks_exact(4)) {
             if multiply.factor == MatrixType::Tf32 {
-                row[t + 4 * (i / 2)] = low;
+                for (value, bits) in row[4 * (i / 2)..].iter_mut().zip(lanes) {
+                    *value = elements(*bits, multiply.factor)[0];
+                }
             } else {
-                row[2 * t + 8 * (i / 2)] = low;
-                row[2 * t + 8 * (i / 2) + 1] = high;
+                for (pair, bits) in row[8 * (i / 2)..].chunks_exact_mut(2).zip(lanes) {
+                    pair.copy_from_slice(&elements(*bits, multiply.factor));
+                }
             }
         }
     }
@@ -66,17 +73,20 @@ fn read_a(registers: &Registers, multiply: &Multiply) -> [[f32; 16]; 16] {
 }
 
 /// B by rows: of lane 4g+t, register i holds column g and rows 2t, 2t+1 + 8i, or row t + 4i of wider elements.
-fn read_b(registers: &Registers, multiply: &Multiply) -> [[f32; 8]; 16] {
-    let mut b = [[0f32; 8]; 16];
+fn read_b(registers: &Registers, multiply: &Multiply) -> [f32; DEPTH * COLUMNS] {
+    let mut b = [0f32; DEPTH * COLUMNS];
+    let wide = multiply.factor == MatrixType::Tf32;
     for (i, slot) in multiply.b.iter().enumerate() {
-        for (lane, bits) in registers.words[*slot as usize].iter().enumerate() {
-            let (g, t) = (lane / 4, lane % 4);
-            let [low, high] = elements(*bits, multiply.factor);
-            if multiply.factor == MatrixType::Tf32 {
-                b[t + 4 * i][g] = low;
-            } else {
-                b[2 * t + 8 * i][g] = low;
-                b[2 * t + 8 * i + 1][g] = high;
+        let rows = &mut b[if wide { 4 } else { 8 } * i * COLUMNS..];
+        for (g, lanes) in registers.words[*slot as usize].chunks_exact(4).enumerate() {
+            for (t, bits) in lanes.iter().enumerate() {
+                let [low, high] = elements(*bits, multiply.factor);
+                if wide {
+                    rows[t * COLUMNS + g] = low;
+                } else {
+                    rows[2 * t * COLUMNS + g] = low;
+                    rows[(2 * t + 1) * COLUMNS + g] = high;
+                }
             }
         }
     }
@@ -84,31 +94,29 @@ fn read_b(registers: &Registers, multiply: &Multiply) -> [[f32; 8]; 16] {
 }
 
 /// C and D: of lane 4g+t, element i stands in row g + 8 (i over 1), column 2t + i mod 2; f16 elements go two to a register.
-fn read_sums(registers: &Registers, multiply: &Multiply, sums: &mut [[f32; 8]; 16]) {
-    for lane in 0..LANES {
-        let (g, t) = (lane / 4, lane % 4);
-        for i in 0..4 {
-            let value = if multiply.wide_sum {
-                f32::from_bits(registers.word(multiply.c[i], lane))
+fn read_sums(registers: &Registers, multiply: &Multiply, sums: &mut [f32; 16 * COLUMNS]) {
+    for (half, rows) in sums.chunks_exact_mut(8 * COLUMNS).enumerate() {
+        for lane in 0..LANES {
+            let pair = &mut rows[2 * lane..2 * lane + 2];
+            if multiply.wide_sum {
+                pair[0] = f32::from_bits(registers.word(multiply.c[2 * half], lane));
+                pair[1] = f32::from_bits(registers.word(multiply.c[2 * half + 1], lane));
             } else {
-                from_f16(registers.word(multiply.c[i / 2], lane) >> (16 * (i % 2)) & 0xFFFF)
-            };
-            sums[g + 8 * (i / 2)][2 * t + i % 2] = value;
+                pair.copy_from_slice(&elements(registers.word(multiply.c[half], lane), MatrixType::F16));
+            }
         }
     }
 }
 
-fn write_sums(registers: &mut Registers, multiply: &Multiply, sums: &[[f32; 8]; 16]) {
-    for lane in 0..LANES {
-        let (g, t) = (lane / 4, lane % 4);
-        for i in 0..2 {
-            let [low, high] = [sums[g + 8 * i][2 * t], sums[g + 8 * i][2 * t + 1]];
+fn write_sums(registers: &mut Registers, multiply: &Multiply, sums: &[f32; 16 * COLUMNS]) {
+    for (half_of_rows, rows) in sums.chunks_exact(8 * COLUMNS).enumerate() {
+        for (lane, pair) in rows.chunks_exact(2).enumerate() {
             if multiply.wide_sum {
-                registers.words[multiply.d[2 * i] as usize][lane] = low.to_bits();
-                registers.words[multiply.d[2 * i + 1] as usize][lane] = high.to_bits();
+                registers.words[multiply.d[2 * half_of_rows] as usize][lane] = pair[0].to_bits();
+                registers.words[multiply.d[2 * half_of_rows + 1] as usize][lane] = pair[1].to_bits();
             } else {
                 let cut = |value: f32| half(f64::from(value), HalfFormat::F16, Rounding::Nearest);
-                registers.words[multiply.d[i] as usize][lane] = cut(low) | cut(high) << 16;
+                registers.words[multiply.d[half_of_rows] as usize][lane] = cut(pair[0]) | cut(pair[1]) << 16;
             }
         }
     }
@@ -126,10 +134,11 @@ fn rows(machine: &mut Machine<'_>, at: At, matrix: &MatrixMove, doing: Doing) ->
     Ok(rows)
 }
 
-/// Where a lane's pair of elements of a matrix lies: two (row, column), side by side or, transposed, one above the other.
-fn pair(lane: usize, transposed: bool) -> [(usize, usize); 2] {
-    let (x, y) = (lane / 4, lane % 4 * 2);
-    if transposed { [(y, x), (y + 1, x)] } else { [(x, y), (x, y + 1)] }
+/// A lane's two elements of a matrix: side by side in row g from column 2t or, transposed, one above the other in column g.
+#[inline(always)]
+fn pair(elements: &[[u16; 8]; 8], lane: usize, transposed: bool) -> [u16; 2] {
+    let (g, t) = (lane / 4 % 8, lane % 4 * 2);
+    if transposed { [elements[t][g], elements[t + 1][g]] } else { [elements[g][t], elements[g][t + 1]] }
 }
 
 pub(super) fn load(machine: &mut Machine<'_>, at: At, matrix: &MatrixMove) -> Result<Flow, Fault> {
@@ -138,13 +147,16 @@ pub(super) fn load(machine: &mut Machine<'_>, at: At, matrix: &MatrixMove) -> Re
     }
     let rows = rows(machine, at, matrix, Doing::Reading)?;
     let registers = &mut machine.warps[at.warp].registers;
-    for (m, slot) in matrix.registers.iter().enumerate() {
-        for lane in 0..LANES {
-            let [low, high] = pair(lane, matrix.transposed).map(|(row, column)| {
-                let index = rows[8 * m + row] + 2 * column;
-                u32::from(u16::from_le_bytes([machine.shared[index], machine.shared[index + 1]]))
-            });
-            registers.words[*slot as usize][lane] = low | high << 16;
+    for (slot, rows) in matrix.registers.iter().zip(rows.chunks_exact(8)) {
+        let mut elements = [[0u16; 8]; 8];
+        for (elements, row) in elements.iter_mut().zip(rows) {
+            for (element, bytes) in elements.iter_mut().zip(machine.shared[*row..*row + 16].chunks_exact(2)) {
+                *element = u16::from_le_bytes([bytes[0], bytes[1]]);
+            }
+        }
+        for (lane, word) in registers.words[*slot as usize].iter_mut().enumerate() {
+            let [low, high] = pair(&elements, lane, matrix.transposed);
+            *word = u32::from(low) | u32::from(high) << 16;
         }
     }
     Ok(Flow::Next)
@@ -155,11 +167,13 @@ pub(super) fn store(machine: &mut Machine<'_>, at: At, matrix: &MatrixMove) -> R
         return Ok(Flow::Park);
     }
     let rows = rows(machine, at, matrix, Doing::Writing)?;
-    for (m, slot) in matrix.registers.iter().enumerate() {
+    for (slot, rows) in matrix.registers.iter().zip(rows.chunks_exact(8)) {
         for lane in 0..LANES {
             let bits = machine.warps[at.warp].registers.word(*slot, lane);
-            for ((row, column), half) in pair(lane, matrix.transposed).into_iter().zip([bits as u16, (bits >> 16) as u16]) {
-                let index = rows[8 * m + row] + 2 * column;
+            let (g, t) = (lane / 4, lane % 4 * 2);
+            for (i, half) in [bits as u16, (bits >> 16) as u16].into_iter().enumerate() {
+                let (row, column) = if matrix.transposed { (t + i, g) } else { (g, t + i) };
+                let index = rows[row] + 2 * column;
                 machine.shared[index..index + 2].copy_from_slice(&half.to_le_bytes());
             }
         }

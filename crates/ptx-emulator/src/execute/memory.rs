@@ -50,8 +50,18 @@ fn resolve(address: u64) -> (Space, u64) {
 pub(super) fn addresses(registers: &Registers, address: &Address) -> [u64; LANES] {
     match (address.slot, address.wide) {
         (NONE, _) => [address.offset as u64; LANES],
-        (slot, true) => registers.doubles[slot as usize].map(|base| base.wrapping_add(address.offset as u64)),
-        (slot, false) => registers.words[slot as usize].map(|base| u64::from(base.wrapping_add(address.offset as u32))),
+        (slot, true) => {
+            let mut addresses = registers.doubles[slot as usize];
+            addresses.iter_mut().for_each(|address_of_lane| *address_of_lane = address_of_lane.wrapping_add(address.offset as u64));
+            addresses
+        }
+        (slot, false) => {
+            let mut addresses = [0; LANES];
+            for (at, base) in addresses.iter_mut().zip(&registers.words[slot as usize]) {
+                *at = u64::from(base.wrapping_add(address.offset as u32));
+            }
+            addresses
+        }
     }
 }
 

@@ -52,6 +52,14 @@ pub(crate) struct WarpClock {
     pub(crate) proxy_fence: u32,
 }
 
+/// What a block published through an address: to itself, and to other blocks.
+#[derive(Debug)]
+struct Published {
+    block: u64,
+    within: Clock,
+    beyond: Option<Clock>,
+}
+
 /// The clocks of the warps of the running block.
 #[derive(Debug, Default)]
 pub(crate) struct Clocks {
@@ -63,7 +71,7 @@ pub(crate) struct Clocks {
     /// What this block knows of others.
     pub(crate) known: HashMap<u64, Clock>,
     /// What was published through an address, by block.
-    published: HashMap<(bool, u64), Vec<(u64, Clock)>>,
+    published: HashMap<(bool, u64), Vec<Published>>,
 }
 
 impl Clocks {
@@ -140,19 +148,29 @@ impl Clocks {
     /// A strong write to an address publishes what the writer's last fence covers.
     pub(crate) fn publish(&mut self, warp: usize, shared: bool, address: u64) {
         let own = &self.warps[warp];
-        let Some(clock) = own.fenced else { return };
-        let clock = if shared { clock } else { own.fenced_device.unwrap_or(clock) };
+        let (Some(within), beyond) = (own.fenced, own.fenced_device) else { return };
         let entries = self.published.entry((shared, address)).or_default();
-        match entries.iter_mut().find(|(block, _)| *block == self.block) {
-            Some((_, old)) => join(old, &clock),
-            None => entries.push((self.block, clock)),
+        match entries.iter_mut().find(|entry| entry.block == self.block) {
+            Some(entry) => {
+                join(&mut entry.within, &within);
+                if let Some(clock) = &beyond {
+                    join(entry.beyond.get_or_insert([0; ACTORS]), clock);
+                }
+            }
+            None => entries.push(Published { block: self.block, within, beyond }),
         }
     }
 
     /// A strong read of an address hears what was published through it.
     pub(crate) fn hear(&mut self, warp: usize, shared: bool, address: u64) {
-        if let Some(entries) = self.published.get(&(shared, address)) {
-            self.warps[warp].heard.extend_from_slice(entries);
+        let Some(entries) = self.published.get(&(shared, address)) else { return };
+        let heard = &mut self.warps[warp].heard;
+        for Published { block, within, beyond } in entries {
+            let Some(clock) = (if *block == self.block { Some(within) } else { beyond.as_ref() }) else { continue };
+            match heard.iter_mut().find(|(other, _)| other == block) {
+                Some((_, old)) => join(old, clock),
+                None => heard.push((*block, *clock)),
+            }
         }
     }
 
