@@ -8,58 +8,64 @@
 #include "attention_backward_fma.cuh"
 #include "attention_tiles.cuh"
 
-enum { DOTS_THREADS = 256 };
-
 // ---- dots ----
 
-// A block takes 32 rows of a head: rows[sequence, head, row] = (lse in base 2, sum of dout o), in the order in which tiles of rows are then
-// read; and for each 32 rows bounds[sequence, row / 32] = (least, greatest first key). A row goes to as many lanes as it has chunks, at most
-// a warp, each adding up its own in order. Bytes: dout and o once, in whole sectors where rows are aligned.
-template <typename T>
-DEVICE void dots(float2* rows, uint2* bounds, const T* dout, const T* o, const float* lse, const uint32_t* starts, const Geometry& geometry) {
-  constexpr uint32_t COUNT = Pack<T>::COUNT, ROWS = 32;
-  __shared__ float sums[ROWS];
-  const uint32_t t = geometry.t, dim = geometry.dim, tiles = (t + ROWS - 1) / ROWS;
-  const uint32_t head = blockIdx.x % geometry.query, tile = blockIdx.x / geometry.query % tiles, sequence = blockIdx.x / geometry.query / tiles;
-  const size_t first = size_t(sequence) * t, stride = size_t(geometry.query) * dim;
-  const uint32_t chunks = (dim + COUNT - 1) / COUNT;
-  uint32_t lanes = 1;
-  while (lanes < chunks && lanes < WARP) lanes *= 2;
-  const bool packed = is_aligned(dout) && is_aligned(o) && dim % COUNT == 0;
-  const uint32_t abreast = DOTS_THREADS / lanes;
-  for (uint32_t begin = 0; begin < ROWS; begin += abreast) {
-    const uint32_t of_tile = begin + threadIdx.x / lanes, row = tile * ROWS + of_tile;
+enum { DOTS_THREADS = 256, DOTS_ROWS = 32 };
+
+// sums[row] = sum of dout o over the columns of a head, for those of a block's rows that are there. A row goes to LANES lanes, each of
+// which adds up its own chunks in order.
+template <int LANES, typename T> DEVICE void sums_of_rows(float* sums, const T* dout, const T* o, size_t stride, uint32_t dim, uint32_t there) {
+  constexpr uint32_t COUNT = Pack<T>::COUNT, ABREAST = DOTS_THREADS / LANES;
+  const bool packed = is_aligned(dout) && is_aligned(o) && dim % COUNT == 0 && stride % COUNT == 0;
+#pragma unroll
+  for (uint32_t begin = 0; begin < DOTS_ROWS; begin += ABREAST) {
+    const uint32_t row = begin + threadIdx.x / LANES;
     float sum = 0.0f;
-    if (of_tile < ROWS && row < t) {
-      for (uint32_t chunk = threadIdx.x % lanes; chunk < chunks; chunk += lanes) {
-        const size_t at = (first + row) * stride + size_t(head) * dim + chunk * COUNT;
-        Pack<T> a, b;
-        if (packed) {
-          a = load_pack(dout + at), b = load_pack(o + at);
-        } else {
+    for (uint32_t column = threadIdx.x % LANES * COUNT; row < there && column < dim; column += LANES * COUNT) {
+      const T *a = dout + row * stride + column, *b = o + row * stride + column;
+      if (packed) {
+        const Pack<T> as = load_pack(a), bs = load_pack(b);
 #pragma unroll
-          for (uint32_t i = 0; i < COUNT; i++) {
-            bool there = chunk * COUNT + i < dim;
-            a.at[i] = there ? dout[at + i] : from_float<T>(0.0f), b.at[i] = there ? o[at + i] : from_float<T>(0.0f);
-          }
-        }
-#pragma unroll
-        for (uint32_t i = 0; i < COUNT; i++) sum = fmaf(to_float(a.at[i]), to_float(b.at[i]), sum);
+        for (uint32_t i = 0; i < COUNT; i++) sum = fmaf(to_float(as.at[i]), to_float(bs.at[i]), sum);
+      } else {
+        for (uint32_t i = 0; i < COUNT && column + i < dim; i++) sum = fmaf(to_float(a[i]), to_float(b[i]), sum);
       }
     }
-    for (uint32_t distance = lanes / 2; distance > 0; distance /= 2) sum += __shfl_xor_sync(ALL_LANES, sum, distance);
-    if (of_tile < ROWS && threadIdx.x % lanes == 0) sums[of_tile] = sum;
+#pragma unroll
+    for (int distance = LANES / 2; distance > 0; distance /= 2) sum += __shfl_xor_sync(ALL_LANES, sum, distance);
+    if (threadIdx.x % LANES == 0) sums[row] = sum;
+  }
+}
+
+// A block takes 32 rows of a head: rows[sequence, head, row] = (lse in base 2, sum of dout o), in the order in which tiles of rows are then
+// read; and for each 32 rows bounds[sequence, row / 32] = (least, greatest first key). Bytes: dout and o once, in whole sectors where rows
+// are aligned; an lse is one float of a sector that other heads' blocks share.
+template <typename T>
+DEVICE void dots(float2* rows, uint2* bounds, const T* dout, const T* o, const float* lse, const uint32_t* starts, const Geometry& geometry) {
+  __shared__ float sums[DOTS_ROWS];
+  const uint32_t t = geometry.t, dim = geometry.dim, tiles = (t + DOTS_ROWS - 1) / DOTS_ROWS;
+  const uint32_t head = blockIdx.x % geometry.query, tile = blockIdx.x / geometry.query % tiles, sequence = blockIdx.x / geometry.query / tiles;
+  const uint32_t begin = tile * DOTS_ROWS, there = min(t - begin, uint32_t(DOTS_ROWS)), chunks = (dim * sizeof(T) + 15) / 16;
+  const size_t first = size_t(sequence) * t + begin, stride = size_t(geometry.query) * dim;
+  const size_t at = first * stride + size_t(head) * dim;
+  if (chunks <= 8) {
+    sums_of_rows<8>(sums, dout + at, o + at, stride, dim, there);
+  } else if (chunks <= 16) {
+    sums_of_rows<16>(sums, dout + at, o + at, stride, dim, there);
+  } else {
+    sums_of_rows<32>(sums, dout + at, o + at, stride, dim, there);
   }
   __syncthreads();
-  if (threadIdx.x < ROWS) {
-    const uint32_t row = tile * ROWS + threadIdx.x;
-    const uint32_t key = geometry.first_key_of(starts + first, min(row, t - 1));
-    if (row < t) {
-      float of_row = lse[(first + row) * geometry.query + head] * LOG2_E;
-      rows[(size_t(sequence) * geometry.query + head) * t + row] = make_float2(of_row, sums[threadIdx.x]);
-    }
+  const uint32_t row = threadIdx.x;
+  if (row < there) {
+    const float binary = lse[(first + row) * geometry.query + head] * LOG2_E;
+    rows[(size_t(sequence) * geometry.query + head) * t + begin + row] = make_float2(binary, sums[row]);
+  }
+  if (head == 0 && row < DOTS_ROWS) {
+    // Rows beyond the end count like the last.
+    const uint32_t key = geometry.first_key_of(starts + size_t(sequence) * t, begin + min(row, there - 1));
     const uint32_t least = lowest_of_warp(key), greatest = highest_of_warp(key);
-    if (head == 0 && threadIdx.x == 0) bounds[size_t(sequence) * tiles + tile] = make_uint2(least, greatest);
+    if (row == 0) bounds[size_t(sequence) * tiles + tile] = make_uint2(least, greatest);
   }
 }
 
@@ -173,18 +179,13 @@ DEVICE void of_keys(T* dqkv, const T* dout, const T* qkv, const float2* rows, co
     multiply_columns<D>(dv, Rounded<T, K::ROW_TILES, K::QUERIES / 8>(weights), dout_tile + rows_of_lane<D>(), part / 2);
     gradients.clear();
     multiply_rows<T, D, 2>(gradients, k_lane + K::KEY_BYTES, dout_tile + columns_of_lane<D>());
+    float dots[K::QUERIES / 8][2];
 #pragma unroll
     for (int n = 0; n < K::QUERIES / 8; n++) {
       const uint4 two = load_16_shared(of_rows + n * 64);
-      const float dots[2] = {__uint_as_float(two.y), __uint_as_float(two.w)};
-#pragma unroll
-      for (int m = 0; m < K::ROW_TILES; m++) {
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-          gradients.at[m][n][i] = gradient(weights.at[m][n][i], gradients.at[m][n][i], dots[i % 2], cut);
-        }
-      }
+      dots[n][0] = __uint_as_float(two.y), dots[n][1] = __uint_as_float(two.w);
     }
+    differentiate(gradients, weights, cut, [&](int, int n, int i) { return dots[n][i % 2]; });
     multiply_columns<D>(dk, Rounded<T, K::ROW_TILES, K::QUERIES / 8>(gradients), q_tile + rows_of_lane<D>(), part / 2);
   }
 
@@ -268,10 +269,8 @@ DEVICE void of_queries(T* dqkv, const T* dout, const T* qkv, const float2* rows,
     weights.clear();
     multiply_rows<T, D, 2>(weights, q_lane, k_tile + columns_of_lane<D>());
     if (cut) hide(weights, first_keys + warp_row, warp_begin, key);
-    gradients.over([&](int m, int n, int i, float& dweight) {
-      float weight = exp2_fast(fmaf(weights.at[m][n][i], scales.binary, -of_row[m][i / 2].x));
-      dweight = gradient(weight, dweight, of_row[m][i / 2].y, cut);
-    });
+    weights.over([&](int m, int, int i, float& weight) { weight = exp2_fast(fmaf(weight, scales.binary, -of_row[m][i / 2].x)); });
+    differentiate(gradients, weights, cut, [&](int m, int, int i) { return of_row[m][i / 2].y; });
     multiply_columns<D>(dq, Rounded<T, Q::ROW_TILES, Q::KEYS / 8>(gradients), k_tile + rows_of_lane<D>());
   }
 

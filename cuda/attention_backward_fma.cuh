@@ -47,7 +47,7 @@ DEVICE void of_keys_fma(float* dqkv, const float* dout, const float* qkv, const 
           const uint32_t key = begin + y_of_block() + i * SIDE;
           const bool hidden = key < seen || key > query;
           weights[i][j] = hidden ? 0.0f : exp2_fast(fmaf(weights[i][j], scales.binary, -of_row.x));
-          gradients[i][j] = gradient(weights[i][j], gradients[i][j], of_row.y, hidden);
+          gradients[i][j] = hidden ? 0.0f : weights[i][j] * (gradients[i][j] - of_row.y);
         }
       }
       store_weights(to.weights, weights);
@@ -103,7 +103,7 @@ DEVICE void of_queries_fma(float* dqkv, const float* dout, const float* qkv, con
       const uint32_t query = begin + y_of_block() + i / 2 * SIDE, column = key + x_of_block() + i % 2 * SIDE;
       const bool hidden = column < seen[i / 2] || column > query;
       const float weight = hidden ? 0.0f : exp2_fast(fmaf(weights[i / 2][i % 2], scales.binary, -of_row[i / 2].x));
-      gradients[i / 2][i % 2] = gradient(weight, gradients[i / 2][i % 2], of_row[i / 2].y, hidden);
+      gradients[i / 2][i % 2] = hidden ? 0.0f : weight * (gradients[i / 2][i % 2] - of_row[i / 2].y);
     }
     store_weights(to.gradients, gradients);
     __syncthreads();

@@ -90,9 +90,3 @@ DEVICE Seen what_is_seen(uint32_t* first_keys, const Geometry& geometry, const u
 struct Scales {
   float natural, binary;
 };
-
-// The gradient of a scaled score, from its weight, the gradient of that and the row's sum of both. Where the mask has cut the tile, a weight
-// of 0 has none, whatever stands there.
-DEVICE float gradient(float weight, float dweight, float dot, bool cut) {
-  return cut && weight == 0.0f ? 0.0f : weight * (dweight - dot);
-}

@@ -52,17 +52,18 @@ template <typename T, int D, int COUNT, int THREADS> DEVICE void load_tile(uint3
   constexpr uint32_t CHUNKS = D / 8;
   if (rows.packed) {
     // A pass copies ABREAST chunks of STEP rows, a power of two: so a thread's rows differ by multiples of 8, and are permuted alike.
-    constexpr uint32_t WIDEST = CHUNKS & -CHUNKS, ABREAST = WIDEST < THREADS / 8 ? WIDEST : THREADS / 8, STEP = THREADS / ABREAST;
+    constexpr int WIDEST = CHUNKS & -CHUNKS, ABREAST = WIDEST < THREADS / 8 ? WIDEST : THREADS / 8, STEP = THREADS / ABREAST;
     static_assert(STEP % 8 == 0 && COUNT % STEP == 0, "whole passes");
     const uint32_t row = threadIdx.x / ABREAST, chunk = threadIdx.x % ABREAST;
     const uint32_t to = tile + swizzled<D>(row, chunk);
     const T* from = rows.at + (first + row) * rows.stride + chunk * 8;
+    const int rows_left = int(end) - int(first + row), columns_left = int(rows.dim) - int(chunk * 8);
 #pragma unroll
-    for (uint32_t down = 0; down < COUNT; down += STEP) {
+    for (int down = 0; down < COUNT; down += STEP) {
 #pragma unroll
-      for (uint32_t right = 0; right < CHUNKS; right += ABREAST) {
-        bool there = first + row + down < end && (chunk + right) * 8 < rows.dim;
-        copy_16_async(to + down * D * 2 + right * 16, there ? from + right * 8 : rows.at, there ? 16 : 0);
+      for (int right = 0; right < D; right += ABREAST * 8) {
+        // Of what is not there nothing is read, whatever its address.
+        copy_16_async(to + down * D * 2 + right * 2, from + right, down < rows_left && right < columns_left ? 16 : 0);
       }
       from = opaque(from + STEP * rows.stride);
     }
@@ -208,6 +209,18 @@ DEVICE void hide(Sums<ROW_TILES, KEY_TILES>& scores, const uint32_t* first_keys,
     uint32_t row = m * 16 + i / 2 * 8 + lane() / 4, column = key + n * 8 + lane() % 4 * 2 + i % 2;
     if (column > begin + row || column < first_keys[row]) score = -INFINITY;
   });
+}
+
+// Gradients of scaled scores: weight * (dweight - dot(m, n, i)), from weights and their gradients. Where the mask has cut the tile, a
+// weight of 0 gives 0, whatever stands there.
+template <int ROW_TILES, int COLUMN_TILES, typename Dot>
+DEVICE void differentiate(Sums<ROW_TILES, COLUMN_TILES>& dweights, const Sums<ROW_TILES, COLUMN_TILES>& weights, bool cut, Dot dot) {
+  dweights.over([&](int m, int n, int i, float& x) { x = weights.at[m][n][i] * (x - dot(m, n, i)); });
+  if (cut) {
+    dweights.over([&](int m, int n, int i, float& x) {
+      if (weights.at[m][n][i] == 0.0f) x = 0.0f;
+    });
+  }
 }
 
 // Rounds sums, each row times its factor(m, half), and writes them to a warp's rows of a tile, from `tile` on, and columns 8 `first`...
