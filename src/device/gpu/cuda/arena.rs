@@ -102,7 +102,7 @@ impl Arena {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use proptest::prelude::*;
+    use proptest::prelude::{any, prop, prop_assert, prop_assert_eq, proptest};
 
     /// Holds the books to the invariant, by walking over them.
     fn check(arena: &Arena) {

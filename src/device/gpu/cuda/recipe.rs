@@ -267,7 +267,7 @@ impl<'g> Recipe<'g> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use proptest::prelude::*;
+    use proptest::prelude::{ProptestConfig, any, prop_assert, prop_assert_eq, proptest};
 
     /// f32 numbers at made-up addresses, and what cuBLASLt's documentation says that its steps do with them.
     struct Host {
