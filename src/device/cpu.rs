@@ -13,6 +13,7 @@ mod lanes;
 pub mod micro;
 pub mod pack;
 pub mod softmax;
+pub mod squares;
 pub mod vector;
 pub mod widest;
 
