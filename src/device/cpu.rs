@@ -12,7 +12,9 @@ pub mod gemm;
 mod lanes;
 pub mod micro;
 pub mod pack;
+pub mod pages;
 pub mod softmax;
+pub mod squares;
 pub mod vector;
 pub mod widest;
 

@@ -5,15 +5,11 @@
 //! Invariant: `live` is the sum of the sizes of all buffers alive, each rounded up to whole 64-byte blocks; `peak` is its highest
 //! value since the last `reset_peak`. The plan predicts this number and a test holds the two together.
 
+use crate::device::cpu::pages::Pages;
 use crate::device::gpu::Queue;
 use crate::device::mapped::Mapped;
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-
-/// One cache line: host buffers are made of these, so that every tensor starts aligned.
-#[derive(Clone, Copy, Debug, bytemuck::Zeroable, bytemuck::Pod)]
-#[repr(C, align(64))]
-pub struct Block([u8; 64]);
 
 #[derive(Debug)]
 pub struct Memory {
@@ -38,7 +34,7 @@ struct State {
     bytes_peak: usize,
     bytes_offloaded: usize,
     /// Freed host buffers, by size in blocks: a training step asks for the same sizes again and again.
-    free: HashMap<usize, Vec<Vec<Block>>>,
+    free: HashMap<usize, Vec<Pages>>,
 }
 
 impl std::fmt::Debug for State {
@@ -57,7 +53,7 @@ pub struct Buffer {
 
 #[derive(Debug)]
 enum Place {
-    Host(Vec<Block>),
+    Host(Pages),
     /// On a GPU, at this address.
     Gpu(u64),
     /// On a device that only counts.
@@ -89,7 +85,7 @@ impl Memory {
             state.free.get_mut(&count).and_then(Vec::pop)
         };
         let place = match &memory.backing {
-            Backing::Host => Place::Host(reused.unwrap_or_else(|| vec![Block([0; 64]); count])),
+            Backing::Host => Place::Host(reused.unwrap_or_else(|| Pages::zeroed(count * 64))),
             Backing::Gpu(queue) => Place::Gpu(queue.run(|driver| driver.allocate(count * 64))),
             Backing::Nothing { .. } => Place::Nowhere,
         };
@@ -173,7 +169,7 @@ impl Buffer {
     /// Empty on a device that only counts.
     pub fn bytes(&self) -> &[u8] {
         let all: &[u8] = match &self.place {
-            Place::Host(blocks) => bytemuck::cast_slice(blocks),
+            Place::Host(pages) => pages.bytes(),
             Place::Gpu(_) => panic!("the numbers of a GPU are not read from the host"),
             Place::Nowhere => &[],
             Place::File(file) => file.as_ref().map_or(&[], Mapped::bytes),
@@ -183,7 +179,7 @@ impl Buffer {
 
     pub fn bytes_mut(&mut self) -> &mut [u8] {
         let all: &mut [u8] = match &mut self.place {
-            Place::Host(blocks) => bytemuck::cast_slice_mut(blocks),
+            Place::Host(pages) => pages.bytes_mut(),
             Place::Gpu(_) => panic!("the numbers of a GPU are not written from the host"),
             Place::Nowhere => &mut [],
             Place::File(file) => file.as_mut().map_or(&mut [], Mapped::bytes_mut),
@@ -200,8 +196,8 @@ impl Drop for Buffer {
         assert!(state.bytes_live >= taken, "{} live bytes, {taken} freed", state.bytes_live);
         state.bytes_live -= taken;
         state.bytes_offloaded -= offloaded;
-        if let Place::Host(blocks) = &mut self.place {
-            state.free.entry(taken / 64).or_default().push(std::mem::take(blocks));
+        if let Place::Host(pages) = &mut self.place {
+            state.free.entry(taken / 64).or_default().push(std::mem::take(pages));
         }
         drop(state);
         if let (Place::Gpu(address), Backing::Gpu(queue)) = (&self.place, &self.memory.backing) {

@@ -310,7 +310,11 @@ impl<'a, T: Element> Attention<'a, T> {
             for (row, q) in queries.rows.clone().enumerate() {
                 let (state, to) = (index * QUERIES + row, q - part.rows.start);
                 vector::scaled(self.isa, &totals[state * width..][..dim], 1.0 / sums[state], part.o[head].row(to));
-                part.lse[head].row(to)[0] = maxima[state] + functions::ln(sums[state] as f64) as f32;
+            }
+            // In a loop of their own, long chains of additions overlap.
+            for (row, q) in queries.rows.clone().enumerate() {
+                let state = index * QUERIES + row;
+                part.lse[head].row(q - part.rows.start)[0] = maxima[state] + functions::ln(sums[state] as f64) as f32;
             }
         }
     }

@@ -5,6 +5,7 @@
 
 use crate::args;
 use crate::device::Device;
+use crate::device::cpu::{Isa, squares};
 use crate::device::gpu::driver::Grid;
 use crate::device::tensor::{Tensor, View};
 use crate::dtype::Dtype;
@@ -13,8 +14,8 @@ use rayon::slice::ParallelSlice;
 
 /// A sum of squares of f32 without any rounding: `by_exponent[e]` counts squares of the last place of numbers whose biased exponent is e.
 ///
-/// Of a value with exponent e and 24-bit significand m, the CPU adds m * m to `by_exponent[e]`. A GPU may add it to a lower entry, in whose
-/// units it has up to 78 bits: a sum of 2^50 terms fits.
+/// The square of a value with exponent e may be spread over entries, `by_exponent[e + 2]` at most (`device/cpu/squares.rs`); a GPU adds it to
+/// e or a lower entry, in whose units it has up to 78 bits: a sum of 2^50 terms fits.
 #[derive(Clone, Debug)]
 pub struct SquareSum {
     pub by_exponent: [u128; 256],
@@ -53,10 +54,10 @@ impl SquareSum {
         match x.device() {
             Device::Cpu(cpu) if cpu.threads() > 1 && x.shape().numel() > PART => {
                 let parts = x.slice::<f32>().par_chunks(PART);
-                let total = cpu.install(|| parts.map(SquareSum::of).reduce(SquareSum::default, SquareSum::merged));
+                let total = cpu.install(|| parts.map(|part| SquareSum::of(cpu.isa(), part)).reduce(SquareSum::default, SquareSum::merged));
                 self.merge(&total);
             }
-            Device::Cpu(_) => self.merge(&SquareSum::of(x.slice::<f32>())),
+            Device::Cpu(cpu) => squares::add(cpu.isa(), x.slice::<f32>(), &mut self.by_exponent),
             Device::Gpu(gpu) => {
                 let (table, count) = (table.expect("scratch of a GPU"), x.shape().numel());
                 for start in (0..count).step_by(MOST) {
@@ -70,37 +71,15 @@ impl SquareSum {
         }
     }
 
-    fn of(values: &[f32]) -> SquareSum {
+    fn of(isa: Isa, values: &[f32]) -> SquareSum {
         let mut sum = SquareSum::default();
-        sum.add_here(values);
+        squares::add(isa, values, &mut sum.by_exponent);
         sum
     }
 
     fn merged(mut self, other: SquareSum) -> SquareSum {
         self.merge(&other);
         self
-    }
-
-    fn add_here(&mut self, values: &[f32]) {
-        // A square has at most 48 bits: 2^16 of them fit a u64. Neighbours often share an exponent: in four tables they need not wait.
-        const MOST: usize = 1 << 16;
-        for block in values.chunks(MOST) {
-            let mut tables = [[0u64; 256]; 4];
-            let (fours, rest) = block.as_chunks::<4>();
-            for four in fours {
-                for (table, x) in tables.iter_mut().zip(four) {
-                    let (exponent, square) = exponent_and_square(*x);
-                    table[exponent as usize] += square;
-                }
-            }
-            for x in rest {
-                let (exponent, square) = exponent_and_square(*x);
-                tables[0][exponent as usize] += square;
-            }
-            for (exponent, sum) in self.by_exponent.iter_mut().enumerate() {
-                *sum += tables.iter().map(|table| table[exponent] as u128).sum::<u128>();
-            }
-        }
     }
 
     pub fn merge(&mut self, other: &SquareSum) {
@@ -154,14 +133,6 @@ impl PartialEq for SquareSum {
 }
 
 impl Eq for SquareSum {}
-
-#[inline(always)]
-fn exponent_and_square(x: f32) -> (u8, u64) {
-    let bits = x.to_bits();
-    let exponent = (bits >> 23) as u8;
-    let significand = (bits & 0x7f_ffff) | (((exponent != 0) as u32) << 23);
-    (exponent, significand as u64 * significand as u64)
-}
 
 /// limbs += value * 2^shift
 fn add_shifted(limbs: &mut [u64; 12], value: u128, shift: usize) {

@@ -56,11 +56,14 @@ pub fn sum<T: Element>(x: &[T], term: impl Fn(f32) -> f32) -> f32 {
     let (mut lanes, mut space) = ([0f32; LANES], [0f32; BLOCK]);
     for x in x.chunks(BLOCK) {
         let (blocks, rest) = widened(x, &mut space).as_chunks::<LANES>();
+        // A copy that only this loop touches stays in registers.
+        let mut here = lanes;
         for x in blocks {
             for i in 0..LANES {
-                lanes[i] += term(x[i]);
+                here[i] += term(x[i]);
             }
         }
+        lanes = here;
         for (lane, x) in lanes.iter_mut().zip(rest) {
             *lane += term(*x);
         }
@@ -94,11 +97,13 @@ pub fn max<T: Element>(x: &[T]) -> f32 {
     let (mut lanes, mut space) = ([f32::NEG_INFINITY; LANES], [0f32; BLOCK]);
     for x in x.chunks(BLOCK) {
         let (blocks, rest) = widened(x, &mut space).as_chunks::<LANES>();
+        let mut here = lanes;
         for x in blocks {
             for i in 0..LANES {
-                lanes[i] = greater(lanes[i], x[i]);
+                here[i] = greater(here[i], x[i]);
             }
         }
+        lanes = here;
         for (lane, x) in lanes.iter_mut().zip(rest) {
             *lane = greater(*lane, *x);
         }

@@ -8,7 +8,8 @@
 #![allow(unsafe_code)]
 
 use crate::device::cpu::micro::{COLUMNS, Micro, ROWS, Sums, Tile, Unit};
-use crate::device::cpu::pack::{ANY, Along, Operand, RowPanels, pack, pack_rows};
+use crate::device::cpu::pack::{ANY, Along, Operand, RowPanels, can_cross, pack, pack_across, pack_rows};
+use crate::device::cpu::pages::Pages;
 use crate::device::cpu::{Cpu, Isa, few, vector};
 use crate::dtype::{Dtype, Element};
 use std::ops::Range;
@@ -27,7 +28,7 @@ pub const PASS_ELEMENTS: usize = PASS_UNITS;
 const NOTE_UNITS: usize = 16;
 /// A buffer for packed columns of B.
 #[derive(Debug)]
-pub struct Panels(Vec<Line>);
+pub struct Panels(Pages);
 
 /// Units that begin at a cache line.
 #[derive(Clone, Copy, Debug, bytemuck::Zeroable, bytemuck::Pod)]
@@ -36,13 +37,13 @@ struct Line([u32; 16]);
 
 impl Default for Panels {
     fn default() -> Panels {
-        Panels(vec![Line([0; 16]); CHUNK_UNITS / 16])
+        Panels(Pages::zeroed(CHUNK_UNITS * 4))
     }
 }
 
 impl Panels {
     pub fn units(&mut self) -> &mut [u32] {
-        bytemuck::cast_slice_mut(&mut self.0)
+        bytemuck::cast_slice_mut(self.0.bytes_mut())
     }
 }
 
@@ -173,9 +174,7 @@ impl<T: Element> Product<'_, T> {
             let panels = first..panels.min(first + chunk);
             let buffer = &mut shared.units()[..panels.len() * slot];
             cpu.for_rows(buffer, slot, 1, |index, buffer| {
-                for (panel, to) in (panels.start + index..).zip(buffer.chunks_exact_mut(slot)) {
-                    self.pack_panel(pass, panel, to);
-                }
+                self.pack_panels(pass, panels.start + index, slot, buffer);
             });
             let column_tasks = (4 * cpu.threads()).div_ceil(row_tasks).min(panels.len());
             let panels_of_task = panels.len().div_ceil(column_tasks);
@@ -197,6 +196,30 @@ impl<T: Element> Product<'_, T> {
         let (lanes, vectors) = (self.micro.lanes, self.columns.div_ceil(self.micro.lanes));
         let vectors = self.micro.panels(vectors).nth(panel).expect("a panel of this product");
         (vectors.start * lanes..self.columns.min(vectors.end * lanes), vectors.len() * lanes)
+    }
+
+    /// Packs the panels from `first` on, as many as `buffer` has slots for.
+    fn pack_panels(&self, pass: &Pass<'_>, first: usize, slot: usize, buffer: &mut [u32]) {
+        let all: Vec<_> = (first..first + buffer.len() / slot).map(|panel| self.panel_columns(panel)).collect();
+        if !can_cross(self.isa, self.micro.unit, &self.b) || all.iter().any(|(columns, width)| columns.len() != *width) {
+            for (panel, to) in (first..).zip(buffer.chunks_exact_mut(slot)) {
+                self.pack_panel(pass, panel, to);
+            }
+            return;
+        }
+        let mut begin = 0;
+        for piece in pass.pieces {
+            let count = self.micro.unit.count(piece.len());
+            let places = all.iter().zip(buffer.chunks_exact_mut(slot));
+            let mut places: Vec<_> = places
+                .map(|((columns, width), to)| {
+                    to[slot - NOTE_UNITS] = ANY;
+                    (columns.clone(), &mut to[begin * width..(begin + count) * width])
+                })
+                .collect();
+            pack_across(self.micro.unit, &self.b, piece.clone(), &mut places);
+            begin += count;
+        }
     }
 
     fn pack_panel(&self, pass: &Pass<'_>, panel: usize, to: &mut [u32]) {

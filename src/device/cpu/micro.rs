@@ -143,15 +143,20 @@ impl Micro {
     /// that this implementation was made for.
     pub unsafe fn run(&self, rows: usize, vectors: usize, tile: &Tile) {
         assert!(rows <= self.rows && (1..=self.vectors).contains(&vectors), "a tile of {rows} rows and {vectors} vectors");
-        let (mut tile, mut left) = (*tile, rows);
         // SAFETY: what the caller vouches for.
         let run = match self.careful {
-            Some(careful) if tile.lowest < SAFE || unsafe { resumes_low(&tile, rows, vectors * self.lanes) } => careful,
+            Some(careful) if tile.lowest < SAFE || unsafe { resumes_low(tile, rows, vectors * self.lanes) } => careful,
             _ => self.run,
         };
+        if rows == self.rows {
+            // Most tiles are whole. A tile that was just written is not copied: its fields would be read back wider than they were stored.
+            // SAFETY: what the caller vouches for.
+            return unsafe { run(rows, vectors, tile) };
+        }
+        let (mut tile, mut left) = (*tile, rows);
         while left > 0 {
             // Powers of two, so that three or four compiled sizes serve every remainder of rows.
-            let now = if left == self.rows { left } else { 1 << left.ilog2() };
+            let now = 1 << left.ilog2();
             // SAFETY: `now` rows from here on are among the rows that the caller vouches for.
             unsafe {
                 run(now, vectors, &tile);
@@ -203,8 +208,9 @@ unsafe fn tile<L: Lanes, const R: usize, const V: usize>(tile: &Tile) {
                 }
             }
         }
-        // The sums are needed at the end, and may come from far.
-        for row in 0..R {
+        // The sums are needed at the end, and may come from far: a short chain ends before those of the rows below would be there.
+        let ahead = if tile.sums == Sums::Add { 2 * R } else { R };
+        for row in 0..ahead {
             for line in (0..V * L::WIDTH).step_by(PREFETCH_FLOATS) {
                 prefetch(tile.c.wrapping_add(row * tile.c_row + line));
             }

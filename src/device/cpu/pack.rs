@@ -120,6 +120,46 @@ pub fn pack<T: Element>(
     lowest
 }
 
+/// Whether the panels of such a B can be packed by `pack_across`.
+pub fn can_cross<T: Element>(isa: Isa, unit: Unit, operand: &Operand<'_, T>) -> bool {
+    let known = match unit {
+        Unit::Single => T::DTYPE == Dtype::F32,
+        Unit::Swapped => false,
+        Unit::Pair => isa >= Isa::Avx512 && T::DTYPE == Dtype::Bf16,
+    };
+    known && operand.along == Along::X
+}
+
+/// Packs `ks` of panels that are neighbours, all of them step by step, so that memory is read in the order in which it lies. Each panel has
+/// its columns, which fill it, and its place.
+pub fn pack_across<T: Element>(unit: Unit, operand: &Operand<'_, T>, ks: Range<usize>, panels: &mut [(Range<usize>, &mut [u32])]) {
+    for (columns, to) in &*panels {
+        operand.part(columns.start, ks.start).check(columns.len(), ks.len());
+        assert_eq!(to.len(), unit.count(ks.len()) * columns.len(), "a panel of {columns:?} x {ks:?}");
+    }
+    if unit == Unit::Single {
+        for (step, k) in ks.enumerate() {
+            for (columns, to) in &mut *panels {
+                let width = columns.len();
+                to[step * width..][..width].copy_from_slice(&operand.bits(columns.start, k)[..width]);
+            }
+        }
+        return;
+    }
+    let whole = ks.start..ks.end - ks.len() % 2;
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: `can_cross` asks for AVX-512.
+    unsafe {
+        across_avx512(operand, whole.clone(), panels);
+    }
+    if whole.end < ks.end {
+        for (columns, to) in panels {
+            let last = to.len() - columns.len();
+            plain(unit, operand, columns.clone(), whole.end..ks.end, columns.len(), &mut to[last..]);
+        }
+    }
+}
+
 /// Panels of rows of A, one after the other: each of `height` rows and `steps` units, the last of as many rows as are left.
 #[derive(Clone, Copy)]
 pub struct RowPanels {
@@ -252,9 +292,14 @@ unsafe fn transpose_avx512(from: *const u8, row_bytes: usize, rows: usize, width
         for unit in (0..units).step_by(16) {
             let count = (units - unit).min(16);
             let mask = u16::MAX >> (16 - count);
+            // At the end of these rows the next ones begin, of this panel or of its neighbour.
+            let (ahead_row, ahead_unit) = match unit + UNITS_AHEAD {
+                ahead if ahead < units => (row, ahead),
+                ahead => (row + 16, ahead.saturating_sub(units).min(unit)),
+            };
             let mut block = [_mm512_setzero_si512(); 16];
             for (index, line) in block.iter_mut().enumerate().take(present) {
-                prefetch(from.wrapping_add((row + index) * row_bytes + (unit + UNITS_AHEAD) * 4));
+                prefetch(from.wrapping_add((ahead_row + index) * row_bytes + ahead_unit * 4));
                 // SAFETY: the mask keeps the load within the `units` units of a row that exists.
                 *line = unsafe { _mm512_maskz_loadu_epi32(mask, from.add((row + index) * row_bytes + unit * 4).cast()) };
             }
@@ -326,6 +371,32 @@ unsafe fn interleave_avx512(even: &[u16], odd: &[u16], to: &mut [u32]) {
     }
 }
 
+/// How many steps along K `across_avx512` asks for in advance.
+#[cfg(target_arch = "x86_64")]
+const STEPS_AHEAD: usize = 8;
+
+/// `pack_across` for pairs of bf16.
+///
+/// # Safety
+/// The processor must have AVX-512.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f")]
+unsafe fn across_avx512<T: Element>(operand: &Operand<'_, T>, ks: Range<usize>, panels: &mut [(Range<usize>, &mut [u32])]) {
+    for (step, k) in ks.step_by(2).enumerate() {
+        for (columns, to) in &mut *panels {
+            let width = columns.len();
+            let (even, odd) = (&operand.bits::<u16>(columns.start, k)[..width], &operand.bits::<u16>(columns.start, k + 1)[..width]);
+            for line in [even, odd] {
+                let ahead = line.as_ptr().wrapping_add(STEPS_AHEAD * operand.stride);
+                prefetch(ahead);
+                prefetch(ahead.wrapping_add(width - 1));
+            }
+            // SAFETY: the processor has AVX-512.
+            unsafe { interleave_avx512(even, odd, &mut to[step * width..][..width]) }
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -364,6 +435,32 @@ mod tests {
                 assert_eq!(together[start * units..][..rows * units], alone, "{height} {along:?} {ks:?} {start}");
             }
         }
+    }
+
+    fn check_across<T: Element>(unit: Unit, values: &[T]) {
+        for ks in [0..1, 3..20, 2..40, 1..2] {
+            let operand = Operand { data: values, stride: 71, along: Along::X };
+            if !can_cross(Isa::detect(), unit, &operand) {
+                continue;
+            }
+            let panels = [5..21, 21..53, 53..69];
+            let mut places = panels.clone().map(|columns| vec![9; unit.count(ks.len()) * columns.len()]);
+            let mut all: Vec<_> = panels.iter().cloned().zip(places.iter_mut().map(|place| &mut place[..])).collect();
+            pack_across(unit, &operand, ks.clone(), &mut all);
+            for (columns, place) in panels.into_iter().zip(places) {
+                let mut expected = vec![7; place.len()];
+                plain(unit, &operand, columns.clone(), ks.clone(), columns.len(), &mut expected);
+                assert_eq!(place, expected, "{unit:?} {columns:?} {ks:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn panels_packed_together_are_panels() {
+        let stream = Stream::new(3, "pack");
+        let floats: Vec<f32> = (0..71 * 71).map(|i| stream.normal(i) as f32).collect();
+        check_across(Unit::Single, &floats);
+        check_across(Unit::Pair, &floats.iter().map(|&x| bf16::from_f32(x)).collect::<Vec<_>>());
     }
 
     #[test]

@@ -4,7 +4,7 @@
 #![allow(unsafe_code)]
 
 use crate::device::cpu::Isa;
-use crate::device::cpu::vector::{LANES, add_lanes, exp};
+use crate::device::cpu::vector::{LANES, add_lanes, exp, exp_of_low};
 use crate::dtype::Element;
 
 /// The elements of one row of a block that count: from the first to before the last.
@@ -67,7 +67,7 @@ leveled! {
             let scores = scores[row * stride..][..width].as_chunks::<LANES>().0;
             for (scores, weights) in scores.iter().zip(weights.as_chunks_mut::<LANES>().0) {
                 for lane in 0..LANES {
-                    let weight = exp(scores[lane] * scale - largest);
+                    let weight = exp_of_low(scores[lane] * scale - largest);
                     added[lane] += weight;
                     weights[lane] = T::from_f32(weight);
                 }
@@ -123,7 +123,8 @@ leveled! {
             let outputs = weights.as_chunks_mut::<LANES>().0.iter_mut().zip(gradients.as_chunks_mut::<LANES>().0);
             for ((scores, dweights), (weights, gradients)) in inputs.zip(outputs) {
                 for lane in 0..LANES {
-                    let weight = exp(scores[lane].mul_add(scale, -log_sum));
+                    // A weight is at most 1, but for rounding.
+                    let weight = exp_of_low(scores[lane].mul_add(scale, -log_sum));
                     weights[lane] = T::from_f32(weight);
                     gradients[lane] = T::from_f32(weight * (dweights[lane] - dot));
                 }

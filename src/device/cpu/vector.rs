@@ -43,25 +43,19 @@ leveled! {
     }
 }
 
+// Adding and subtracting 1.5 * 2^23 rounds to a whole number, which then stands in the low bits.
+const ROUND: f32 = 12_582_912.0;
+/// Below this, e^x is not a normal number; above the other, it is not a number.
+const LOWEST: f32 = -87.336_54;
+const HIGHEST: f32 = 88.722_84;
+
 /// e^x, to about one unit in the last place; numbers below the normal ones are zero.
 #[inline(always)]
 pub fn exp(x: f32) -> f32 {
-    // Adding and subtracting 1.5 * 2^23 rounds to a whole number, which then stands in the low bits.
-    const ROUND: f32 = 12_582_912.0;
-    const LOWEST: f32 = -87.336_54;
-    const HIGHEST: f32 = 88.722_84;
     // A NaN fails both comparisons and stays.
     let bounded = if x < LOWEST { LOWEST } else { x };
     let bounded = if bounded > HIGHEST { HIGHEST } else { bounded };
-    let shifted = bounded.mul_add(std::f32::consts::LOG2_E, ROUND);
-    let whole = shifted - ROUND;
-    // ln 2 in two parts: the first has few enough bits for exact products.
-    let rest = whole.mul_add(-0.693_145_75, bounded);
-    let rest = whole.mul_add(-1.428_606_8e-6, rest);
-    let mut power = 1.0 / 5040.0;
-    for coefficient in [1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0] {
-        power = rest.mul_add(power, coefficient);
-    }
+    let (power, shifted) = power_and_exponent(bounded);
     // 2^whole in two factors, since 2^128 is not a number.
     let exponent = shifted.to_bits().wrapping_sub(ROUND.to_bits()) as i32;
     let half = exponent >> 1;
@@ -69,6 +63,31 @@ pub fn exp(x: f32) -> f32 {
     let result = power * scale(half) * scale(exponent - half);
     let result = if x > HIGHEST { f32::INFINITY } else { result };
     if x < LOWEST { 0.0 } else { result }
+}
+
+/// The bits of `exp` for an x of 88 at most, or a NaN, with less work: one factor is enough.
+#[inline(always)]
+pub fn exp_of_low(x: f32) -> f32 {
+    let (power, shifted) = power_and_exponent(x);
+    // The low bits of `shifted` are the exponent, which a shift to the left moves to its place; the bits above fall out.
+    let scale = f32::from_bits((shifted.to_bits() << 23).wrapping_add(127 << 23));
+    // What comes out for lower numbers is not used.
+    if x < LOWEST { 0.0 } else { power * scale }
+}
+
+/// e^(x - n ln 2) for the whole number n that is nearest to x / ln 2, and n + ROUND.
+#[inline(always)]
+fn power_and_exponent(x: f32) -> (f32, f32) {
+    let shifted = x.mul_add(std::f32::consts::LOG2_E, ROUND);
+    let whole = shifted - ROUND;
+    // ln 2 in two parts: the first has few enough bits for exact products.
+    let rest = whole.mul_add(-0.693_145_75, x);
+    let rest = whole.mul_add(-1.428_606_8e-6, rest);
+    let mut power = 1.0 / 5040.0;
+    for coefficient in [1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0] {
+        power = rest.mul_add(power, coefficient);
+    }
+    (power, shifted)
 }
 
 /// Sums over slices go over this many lanes, which are added in a tree at the end: an order that any vector width can follow.
@@ -115,6 +134,19 @@ leveled! {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn exp_of_low_numbers_is_exp() {
+        let check = |x: f32| {
+            let (ours, right) = (exp_of_low(x), exp(x));
+            assert!(ours.to_bits() == right.to_bits() || ours.is_nan() && right.is_nan(), "exp {x:e}: {ours:e} for {right:e}");
+        };
+        // Every 41st negative number from -0 to -infinity, all about the least normal result, and positive ones up to 88.
+        (0x8000_0000u32..=0xff80_0000).step_by(41).map(f32::from_bits).for_each(check);
+        (0..1 << 20).map(|i| f32::from_bits(LOWEST.to_bits() - (1 << 19) + i)).for_each(check);
+        (0..=88.0f32.to_bits()).step_by(4001).map(f32::from_bits).for_each(check);
+        [f32::NEG_INFINITY, f32::NAN, -f32::NAN, 88.0, 0.0].into_iter().for_each(check);
+    }
 
     #[test]
     fn exp_is_close_and_keeps_its_limits() {
