@@ -32,7 +32,21 @@ macro_rules! sources {
     };
 }
 
-pub const SOURCES: &[Source] = sources!["activation", "adamw", "attention_backward", "attention_forward", "chunks", "cross_entropy", "elementwise", "embedding", "exact", "norm", "reduce", "rope", "select"];
+pub const SOURCES: &[Source] = sources![
+    "activation",
+    "adamw",
+    "attention_backward",
+    "attention_forward",
+    "chunks",
+    "cross_entropy",
+    "elementwise",
+    "embedding",
+    "exact",
+    "norm",
+    "reduce",
+    "rope",
+    "select"
+];
 
 impl Source {
     pub fn ptx(&self, architecture: Architecture) -> &'static str {
