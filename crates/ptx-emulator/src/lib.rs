@@ -59,6 +59,7 @@
 mod address;
 mod allocation;
 mod block;
+mod compact;
 mod copies;
 mod counters;
 mod decode;
@@ -75,6 +76,7 @@ mod ranges;
 mod registers;
 mod rounding;
 mod scalar;
+mod slots;
 mod syntax;
 mod tensor_map;
 mod token;
