@@ -83,9 +83,9 @@ impl<'a> Decoder<'a> {
         };
         if let Operand::Name("%clock" | "%clock_hi" | "%clock64" | "%globaltimer" | "%globaltimer_lo") = from {
             let to = self.target(0, scalar)?;
-            let slots = Slots { to, ..Slots::NONE };
-            let wide = Slots { to: if scalar.bytes() == 8 { to } else { NONE }, a: to, ..slots };
-            self.emit(Operation::Clock, wide);
+            // A double in `to`, a word in `a`.
+            let slots = if scalar.bytes() == 8 { Slots { to, ..Slots::NONE } } else { Slots { a: to, ..Slots::NONE } };
+            self.emit(Operation::Clock, slots);
             return Ok(());
         }
         let (to, a) = (self.target(0, scalar)?, self.source(1, scalar)?);

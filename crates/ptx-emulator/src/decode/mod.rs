@@ -14,6 +14,7 @@ mod operands;
 mod sync;
 
 use crate::address::SHARED_BEGIN;
+use crate::compact::compact;
 use crate::fault::LoadError;
 use crate::instruction::{Instruction, NONE, Operation, Slots};
 use crate::kernel::{Image, Kernel, Parameter, Site, Special};
@@ -141,7 +142,9 @@ pub(crate) fn kernel<'a>(module: &'a Shared<'a>, entry: &'a Function<'a>) -> Res
     decoder.guard = (NONE, true);
     decoder.emit(Operation::Exit, Slots::NONE);
     decoder.resolve()?;
-    Ok(decoder.kernel)
+    let mut kernel = decoder.kernel;
+    compact(&mut kernel);
+    Ok(kernel)
 }
 
 fn align_up(value: usize, align: usize) -> usize {

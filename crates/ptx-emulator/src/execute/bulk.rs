@@ -90,40 +90,50 @@ fn map(machine: &Machine<'_>, at: At, copy: &BulkCopy) -> Result<TensorMap, Faul
     })
 }
 
-/// 16 bytes of a copy: where they lie in shared memory, and the global address of each element that is inside the tensor.
+/// 16 bytes of a copy in shared memory, and the part of them that is inside the tensor: elements side by side, as a tile's rows are
+/// multiples of 16 bytes.
+#[derive(Clone, Copy)]
 struct Piece {
     shared: u32,
-    elements: Vec<Option<u64>>,
-    element_bytes: usize,
+    /// Bytes of the piece before the part.
+    skip: usize,
+    bytes: usize,
+    /// Where the part begins in global memory.
+    global: u64,
+    /// What its address must be a multiple of.
+    align: u64,
 }
 
 fn pieces(machine: &Machine<'_>, at: At, copy: &BulkCopy, bulk: &Bulk) -> Result<Vec<Piece>, Fault> {
     if bulk.bytes != NONE {
         let plain = |offset: usize| Piece {
             shared: copy.shared + offset as u32,
-            elements: vec![Some(copy.global + offset as u64)],
-            element_bytes: 16,
+            skip: 0,
+            bytes: 16,
+            global: copy.global + offset as u64,
+            align: 16,
         };
         return Ok((0..copy.bytes).step_by(16).map(plain).collect());
     }
     let map = map(machine, at, copy)?;
     let size = map.element_bytes as usize;
-    let per_piece = 16 / size;
+    let count = 16 / size;
     let piece = |number: usize| {
-        let element = |i: usize| {
-            let mut rest = number * per_piece + i;
-            let coordinates: Vec<i64> = (0..map.sizes.len())
-                .map(|dimension| {
-                    let edge = map.tile[dimension] as usize;
-                    let within = rest % edge;
-                    rest /= edge;
-                    i64::from(copy.coordinates[dimension]) + within as i64
-                })
-                .collect();
-            map.element(&coordinates)
-        };
         let shared = swizzled(copy.shared + 16 * number as u32, map.swizzle.mode());
-        Piece { shared, elements: (0..per_piece).map(element).collect(), element_bytes: size }
+        let mut rest = number * count;
+        let mut coordinates = [0; 5];
+        for (dimension, edge) in map.tile.iter().enumerate() {
+            coordinates[dimension] = i64::from(copy.coordinates[dimension]) + (rest % *edge as usize) as i64;
+            rest /= *edge as usize;
+        }
+        // Of the elements from the first coordinate on, those from 0 to the size of the innermost dimension.
+        let first = coordinates[0];
+        let skip = (-first).clamp(0, count as i64);
+        let end = (map.sizes[0] as i64).saturating_sub(first).clamp(skip, count as i64);
+        coordinates[0] += skip;
+        let begin = if end > skip { map.element(&coordinates[..map.sizes.len()]) } else { None };
+        let bytes = if begin.is_some() { (end - skip) as usize * size } else { 0 };
+        Piece { shared, skip: skip as usize * size, bytes, global: begin.unwrap_or(0), align: size as u64 }
     };
     Ok((0..copy.bytes / 16).map(piece).collect())
 }
@@ -137,13 +147,11 @@ pub(crate) fn carry_out(machine: &mut Machine<'_>, copy: &BulkCopy) -> Result<()
         let load = bulk.direction == BulkDirection::ToShared;
         let index = shared_index(machine, at, copy.lane, u64::from(piece.shared), 16, if load { Doing::Writing } else { Doing::Reading })?;
         look(machine, at, copy, &piece, bulk.direction)?;
-        for (i, address) in piece.elements.iter().enumerate() {
-            let place = index + i * piece.element_bytes;
-            match address {
-                Some(address) => element(machine, at, copy, bulk, [*address, place as u64, piece.element_bytes as u64])?,
-                None if load => machine.shared[place..place + piece.element_bytes].fill(0),
-                None => {}
-            }
+        if load {
+            machine.shared[index..index + 16].fill(0);
+        }
+        if piece.bytes > 0 {
+            transfer(machine, at, copy, bulk, &piece, index + piece.skip)?;
         }
     }
     if bulk.direction == BulkDirection::ToShared {
@@ -153,28 +161,26 @@ pub(crate) fn carry_out(machine: &mut Machine<'_>, copy: &BulkCopy) -> Result<()
     Ok(())
 }
 
-/// Moves one element between its global address and its place in shared memory.
-fn element(machine: &mut Machine<'_>, at: At, copy: &BulkCopy, bulk: &Bulk, [address, place, bytes]: [u64; 3]) -> Result<(), Fault> {
-    let place = place as usize..(place + bytes) as usize;
+/// Moves the part of a piece that is inside the tensor between global memory and its place in shared memory.
+fn transfer(machine: &mut Machine<'_>, at: At, copy: &BulkCopy, bulk: &Bulk, piece: &Piece, begin: usize) -> Result<(), Fault> {
+    let place = begin..begin + piece.bytes;
     let doing = if bulk.direction == BulkDirection::ToShared { Doing::Reading } else { Doing::Writing };
-    if !address.is_multiple_of(bytes) {
-        return Err(misaligned_global(machine, at, copy.lane, address, bytes as usize, doing));
+    if !piece.global.is_multiple_of(piece.align) {
+        return Err(misaligned_global(machine, at, copy.lane, piece.global, piece.align as usize, doing));
     }
-    let Some((allocation, offset)) = machine.global.find(address, bytes) else {
-        return Err(lost(machine, at, copy.lane, address, bytes as usize, doing));
+    let Some((allocation, offset)) = machine.global.find(piece.global, piece.bytes as u64) else {
+        return Err(lost(machine, at, copy.lane, piece.global, piece.bytes, doing));
     };
+    if machine.setup.trusting && bulk.direction != BulkDirection::ToShared {
+        allocation.trust();
+    }
     match bulk.direction {
         BulkDirection::ToShared => allocation.read(offset, &mut machine.shared[place]),
-        BulkDirection::ToGlobal => {
-            allocation.write_bytes(offset, &machine.shared[place]);
-            if machine.setup.trusting {
-                allocation.trust();
-            }
-        }
+        BulkDirection::ToGlobal => allocation.write_bytes(offset, &machine.shared[place]),
         BulkDirection::Reduce(operator) => {
             let size = bulk.scalar.bytes();
-            for at in (0..bytes as usize).step_by(size) {
-                let value = read_bytes(&machine.shared, place.start + at, size);
+            for at in (0..piece.bytes).step_by(size) {
+                let value = read_bytes(&machine.shared, begin + at, size);
                 let change = |old: u64| changed(operator, bulk.scalar, old, value, 0);
                 allocation.update(offset + at as u64, size, machine.setup.crowded, change);
             }
@@ -194,11 +200,9 @@ fn look(machine: &mut Machine<'_>, at: At, copy: &BulkCopy, piece: &Piece, direc
     };
     let shared = Remote { space: Space::Shared, doing: here, begin: u64::from(piece.shared), bytes: 16, viewer, segment };
     machine.checking(|check, machine| check.remote(machine, at, &shared)).unwrap_or(Ok(()))?;
-    for address in piece.elements.iter().flatten() {
-        let global = Remote { space: Space::Global, doing: there, begin: *address, bytes: piece.element_bytes, ..shared };
-        if machine.global.find(*address, piece.element_bytes as u64).is_some() {
-            machine.checking(|check, machine| check.remote(machine, at, &global)).unwrap_or(Ok(()))?;
-        }
+    if piece.bytes > 0 && machine.global.find(piece.global, piece.bytes as u64).is_some() {
+        let global = Remote { space: Space::Global, doing: there, begin: piece.global, bytes: piece.bytes, ..shared };
+        machine.checking(|check, machine| check.remote(machine, at, &global)).unwrap_or(Ok(()))?;
     }
     Ok(())
 }

@@ -84,24 +84,29 @@ fn carry_out(machine: &mut Machine<'_>, warp: usize, product: &Product) -> Resul
     let columns = 0..multiply.columns;
     let b = from_memory(machine, at, &Tile { descriptor: product.b, rows: columns, transposed: multiply.transposed[1], multiply })?;
     if multiply.negate[0] != multiply.negate[1] {
-        a.iter_mut().flatten().for_each(|value| *value = -*value);
+        a.iter_mut().for_each(|value| *value = -*value);
     }
     let registers = &mut machine.warps[warp].registers;
+    let mut sums = vec![0f32; multiply.columns];
     for row in 0..ROWS {
-        for (column, b) in b.iter().enumerate() {
-            let (lane, i) = (row % 8 * 4 + column % 8 / 2, column / 8 * 2 + row / 8);
-            let mut sum = if product.keep { read_sum(registers, multiply, i, column, lane) } else { 0.0 };
-            for (a, b) in a[row][..multiply.depth].iter().zip(b) {
-                sum += a * b;
+        let place = |column: usize| [column / 8 * 2 + row / 8, column, row % 8 * 4 + column % 8 / 2];
+        for (column, sum) in sums.iter_mut().enumerate() {
+            *sum = if product.keep { read_sum(registers, multiply, place(column)) } else { 0.0 };
+        }
+        for (a, b) in a.chunks_exact(ROWS).zip(b.chunks_exact(multiply.columns)) {
+            for (sum, b) in sums.iter_mut().zip(b) {
+                *sum += a[row] * b;
             }
-            write_sum(registers, multiply, [i, column, lane], sum);
+        }
+        for (column, sum) in sums.iter().enumerate() {
+            write_sum(registers, multiply, place(column), *sum);
         }
     }
     Ok(())
 }
 
 /// Pair `i` of a lane's sums; the column's parity tells which of the pair.
-fn read_sum(registers: &Registers, multiply: &GroupMultiply, i: usize, column: usize, lane: usize) -> f32 {
+fn read_sum(registers: &Registers, multiply: &GroupMultiply, [i, column, lane]: [usize; 3]) -> f32 {
     if multiply.wide_sum {
         return f32::from_bits(registers.word(multiply.d[2 * i + column % 2], lane));
     }
@@ -117,18 +122,19 @@ fn write_sum(registers: &mut Registers, multiply: &GroupMultiply, [i, column, la
     *word = (*word & !(0xFFFF << shift)) | half(f64::from(sum), HalfFormat::F16, Rounding::Nearest) << shift;
 }
 
-/// The fragment of A in registers, laid out as for `mma.sync`.
-fn from_registers(registers: &Registers, slots: &[u32], factor: MatrixType) -> Vec<[f32; 16]> {
-    let mut a = vec![[0f32; 16]; ROWS];
+/// The fragment of A in registers, laid out as for `mma.sync`; k by k, all rows.
+fn from_registers(registers: &Registers, slots: &[u32], factor: MatrixType) -> Vec<f32> {
+    let depth = if factor == MatrixType::Tf32 { 8 } else { 16 };
+    let mut a = vec![0f32; depth * ROWS];
     for (i, slot) in slots.iter().enumerate() {
         for lane in 0..LANES {
             let (row, t) = (lane / 4 + 8 * (i % 2), lane % 4);
             let [low, high] = elements(registers.word(*slot, lane), factor);
             if factor == MatrixType::Tf32 {
-                a[row][t + 4 * (i / 2)] = low;
+                a[(t + 4 * (i / 2)) * ROWS + row] = low;
             } else {
-                a[row][2 * t + 8 * (i / 2)] = low;
-                a[row][2 * t + 8 * (i / 2) + 1] = high;
+                a[(2 * t + 8 * (i / 2)) * ROWS + row] = low;
+                a[(2 * t + 8 * (i / 2) + 1) * ROWS + row] = high;
             }
         }
     }
@@ -143,28 +149,32 @@ struct Tile<'a> {
     multiply: &'a GroupMultiply,
 }
 
-fn from_memory(machine: &mut Machine<'_>, at: At, tile: &Tile<'_>) -> Result<Vec<[f32; 16]>, Fault> {
-    let factor = tile.multiply.factor;
+/// k by k, all rows. 16 bytes lie side by side: along k or, transposed, along the rows.
+fn from_memory(machine: &mut Machine<'_>, at: At, tile: &Tile<'_>) -> Result<Vec<f32>, Fault> {
+    let (factor, depth, count) = (tile.multiply.factor, tile.multiply.depth, tile.rows.len());
     let bytes = if factor == MatrixType::Tf32 { 4 } else { 2 };
+    let (step_k, step_row) = if tile.transposed { (1, 16 / bytes) } else { (16 / bytes, 1) };
     let viewer = machine.checking(|check, _| {
         let own = &check.clocks.warps[at.warp];
         (Viewer { clock: own.clock, actor: at.warp, lane: WHOLE }, own.segment)
     });
-    let mut rows = Vec::with_capacity(tile.rows.len());
-    for row in tile.rows.clone() {
-        let mut values = [0f32; 16];
-        for (k, value) in values[..tile.multiply.depth].iter_mut().enumerate() {
-            let address = element_address(tile.descriptor, row as u32, (k * bytes) as u32, bytes as u32, tile.transposed);
-            let index = shared_index(machine, at, first(at.mask), u64::from(address), bytes, Doing::Reading)?;
+    let mut values = vec![0f32; depth * count];
+    for row in (0..count).step_by(step_row) {
+        for k in (0..depth).step_by(step_k) {
+            let address =
+                element_address(tile.descriptor, (tile.rows.start + row) as u32, (k * bytes) as u32, bytes as u32, tile.transposed);
+            let index = shared_index(machine, at, first(at.mask), u64::from(address), 16, Doing::Reading)?;
             if let Some((viewer, segment)) = viewer {
-                let remote = Remote { space: Space::Shared, doing: Doing::Reading, begin: u64::from(address), bytes, viewer, segment };
+                let remote = Remote { space: Space::Shared, doing: Doing::Reading, begin: u64::from(address), bytes: 16, viewer, segment };
                 machine.checking(|check, machine| check.remote(machine, at, &remote)).unwrap_or(Ok(()))?;
             }
-            *value = elements(read_bytes(&machine.shared, index, bytes) as u32, factor)[0];
+            for (i, element) in machine.shared[index..index + 16].chunks_exact(bytes).enumerate() {
+                let (k, row) = if tile.transposed { (k, row + i) } else { (k + i, row) };
+                values[k * count + row] = elements(read_bytes(element, 0, bytes) as u32, factor)[0];
+            }
         }
-        rows.push(values);
     }
-    Ok(rows)
+    Ok(values)
 }
 
 /// The shared address of an element: `row` of the factor (of A, or column of B), `k` in bytes. The descriptor holds the start, the

@@ -37,7 +37,7 @@ pub(super) fn multiply(machine: &mut Machine<'_>, at: At, multiply: &Multiply) -
     for (row, sums) in a.chunks_exact(DEPTH).zip(sums.chunks_exact_mut(COLUMNS)) {
         // A copy, so that the sums of a row stay in registers of the host.
         let mut sum: [f32; COLUMNS] = std::array::from_fn(|column| sums[column]);
-        for (factor, b) in row[..multiply.depth].iter().zip(b.chunks_exact(COLUMNS)) {
+        for (factor, b) in row[..multiply.depth].iter().zip(&b) {
             for (sum, b) in sum.iter_mut().zip(b) {
                 *sum += factor * b;
             }
@@ -73,19 +73,19 @@ fn read_a(registers: &Registers, multiply: &Multiply) -> [f32; 16 * DEPTH] {
 }
 
 /// B by rows: of lane 4g+t, register i holds column g and rows 2t, 2t+1 + 8i, or row t + 4i of wider elements.
-fn read_b(registers: &Registers, multiply: &Multiply) -> [f32; DEPTH * COLUMNS] {
-    let mut b = [0f32; DEPTH * COLUMNS];
+fn read_b(registers: &Registers, multiply: &Multiply) -> [[f32; COLUMNS]; DEPTH] {
+    let mut b = [[0f32; COLUMNS]; DEPTH];
     let wide = multiply.factor == MatrixType::Tf32;
     for (i, slot) in multiply.b.iter().enumerate() {
-        let rows = &mut b[if wide { 4 } else { 8 } * i * COLUMNS..];
+        let rows = &mut b[if wide { 4 } else { 8 } * i..];
         for (g, lanes) in registers.words[*slot as usize].chunks_exact(4).enumerate() {
             for (t, bits) in lanes.iter().enumerate() {
                 let [low, high] = elements(*bits, multiply.factor);
                 if wide {
-                    rows[t * COLUMNS + g] = low;
+                    rows[t][g] = low;
                 } else {
-                    rows[2 * t * COLUMNS + g] = low;
-                    rows[(2 * t + 1) * COLUMNS + g] = high;
+                    rows[2 * t][g] = low;
+                    rows[2 * t + 1][g] = high;
                 }
             }
         }
