@@ -54,7 +54,7 @@ DEVICE uint32_t highest_of_warp(uint32_t x) {
 }
 
 // The end of the last 32 rows of a sequence of which one sees a key before `end`. `bounds`: for each 32 rows the least and the greatest
-// first key. `least`: an answer that is sure to be right.
+// first key. `least`: an answer that is sure not to be too great. A block's part of `bounds` may begin in the middle of a sector.
 template <int THREADS> DEVICE uint32_t last_seeing(const uint2* bounds, uint32_t rows, uint32_t end, uint32_t least) {
   __shared__ uint32_t of_warps[THREADS / WARP];
   uint32_t last = least;

@@ -14,6 +14,8 @@ use std::f64::consts::LOG2_E;
 
 /// The widest head that kernels are made for.
 const WIDEST: usize = 256;
+/// The longest sequence: kernels count positions, also a little beyond the end, in 32 bits with a sign.
+const MOST_ROWS: usize = 1 << 30;
 /// Rows of a block of `dots`, and those that share bounds.
 const ROWS: usize = 32;
 /// Rows of all tiles of the f32 kernels.
@@ -129,8 +131,7 @@ impl Kernels<'_> {
     /// t, query, kv, dim, window, as kernels have them.
     fn geometry(&self) -> [u32; 5] {
         let Mask { t, window, .. } = self.mask;
-        // Positions a little beyond the end are counted, too.
-        assert!(t <= i32::MAX as usize, "sequences of {t} rows: kernels count positions in 32 bits");
+        assert!(t <= MOST_ROWS, "sequences of {t} rows: on a GPU, attention has kernels for up to {MOST_ROWS}");
         [t, self.heads.query, self.heads.kv, self.heads.dim, window.unwrap_or(t).min(t)].map(|count| count as u32)
     }
 
