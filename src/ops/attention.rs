@@ -184,6 +184,14 @@ struct Queries {
     lowest: usize,
 }
 
+impl Queries {
+    /// Before which of the keys `seen` ends what the first rows see, for `Blocks::multiply_until`.
+    fn until(&self, seen: &Range<usize>) -> impl Fn(usize) -> usize + use<> {
+        let (first, start) = (self.rows.start, seen.start);
+        move |row| (first + row).saturating_sub(start)
+    }
+}
+
 impl<'a, T: Element> Attention<'a, T> {
     fn new(cpu: &Cpu, qkv: View<'a>, heads: Heads, mask: Mask<'a>) -> Self {
         let (t, starts) = (mask.t, mask.starts.slice::<u32>());
@@ -286,7 +294,8 @@ impl<'a, T: Element> Attention<'a, T> {
                 }
                 let (rows, state) = (queries.rows.len(), index * QUERIES..index * QUERIES + queries.rows.len());
                 let q = self.head(sequence, queries.rows.start, queries.head, Along::K);
-                self.blocks.multiply(&q, k, [rows, seen.len(), dim], sum(scores, keys, Sums::Store), scratch);
+                let scores_of = sum(scores, keys, Sums::Store);
+                self.blocks.multiply_until(&q, k, [rows, seen.len(), dim], scores_of, scratch, queries.until(&seen));
                 let totals = &mut totals[index * QUERIES * width..][..rows * width];
                 let step = softmax::Step {
                     stride: keys,
@@ -424,8 +433,9 @@ impl<'a, T: Element> Attention<'a, T> {
         let q = self.head(*sequence, of_sequence.start, *head, Along::K);
         let dout = Operand { data: &given.dout[first * query * dim + head * dim..], stride: query * dim, along: Along::K };
         let blocks = &self.blocks;
-        blocks.multiply(&q, keys.k, [rows, seen.len(), dim], sum(scores, self.keys, Sums::Store), scratch);
-        blocks.multiply(&dout, keys.v, [rows, seen.len(), dim], sum(dweights, self.keys, Sums::Store), scratch);
+        for (a, b, to) in [(&q, keys.k, &mut *scores), (&dout, keys.v, &mut *dweights)] {
+            blocks.multiply_until(a, b, [rows, seen.len(), dim], sum(to, self.keys, Sums::Store), scratch, queries.until(&seen));
+        }
         let of_rows = |all: &[f32]| -> Vec<f32> { (first..first + rows).map(|row| all[row * query + head]).collect() };
         let (lse, dots) = (of_rows(given.lse), of_rows(given.dots));
         let block = softmax::Gradient {

@@ -50,7 +50,20 @@ impl Blocks {
 
     /// C[m, n] from A[m, k] and the first k rows and n columns of `b`. The rows of C are `stride` apart; they are written beyond n, up to
     /// the columns of `b` at most. `scratch` has the `units` of A.
-    pub fn multiply<T: Element>(&self, a: &Operand<'_, T>, b: Packed<'_>, [m, n, k]: [usize; 3], c: Sum<'_>, scratch: &mut [u32]) {
+    pub fn multiply<T: Element>(&self, a: &Operand<'_, T>, b: Packed<'_>, dims: [usize; 3], c: Sum<'_>, scratch: &mut [u32]) {
+        self.multiply_until(a, b, dims, c, scratch, |_| dims[1]);
+    }
+
+    /// The same, where rows before `row` need their first `until(row)` columns only: more than these may be written, or not.
+    pub fn multiply_until<T: Element>(
+        &self,
+        a: &Operand<'_, T>,
+        b: Packed<'_>,
+        [m, n, k]: [usize; 3],
+        c: Sum<'_>,
+        scratch: &mut [u32],
+        until: impl Fn(usize) -> usize,
+    ) {
         let Sum { sums, how, stride } = c;
         let (steps, lanes) = (self.micro.unit.count(k), self.micro.lanes);
         a.check(m, k);
@@ -69,6 +82,9 @@ impl Blocks {
             let columns = b.units[panel.start * lanes * b.steps..].as_ptr();
             for row in (0..m).step_by(self.micro.rows) {
                 let rows = self.micro.rows.min(m - row);
+                if panel.start * lanes >= until(row + rows) {
+                    continue;
+                }
                 let (a, a_row, a_unit) = if in_place {
                     (a.data[a.index(row, 0)..].as_ptr().cast(), a.stride * size_of::<T>(), 4)
                 } else {

@@ -30,7 +30,7 @@ pub struct Step<'a, T> {
 
 leveled! {
     /// With x = scale * score where visible: takes the new maximum m of each row, scales `sums` and `totals` down to it, gives the
-    /// weights exp(x - m), 0 where nothing is visible, and adds them to `sums`.
+    /// weights exp(x - m), 0 where nothing is visible, and adds them to `sums`. Scores that are not visible may be anything.
     pub fn forward<T: Element>(step: Step<'_, T>) {
         let Step { stride, width, scale, visible, scores, weights, maxima, sums, totals } = step;
         let total_width = totals.len() / visible.len();
@@ -38,8 +38,8 @@ leveled! {
         let shrinks = &mut shrinks[..visible.len()];
         // All rows' maxima first, then all exponentials: each loop is short enough for the processor to overlap rows.
         for (row, &(first, last)) in visible.iter().enumerate() {
-            let scores = &mut scores[row * stride..][..width];
-            scores[..first as usize].fill(f32::NEG_INFINITY);
+            let scores = &mut scores[row * stride..][..whole_lanes(last)];
+            scores[..(first as usize).min(whole_lanes(last))].fill(f32::NEG_INFINITY);
             scores[last as usize..].fill(f32::NEG_INFINITY);
             let mut largest = [f32::NEG_INFINITY; LANES];
             for scores in scores.as_chunks::<LANES>().0 {
@@ -64,7 +64,8 @@ leveled! {
             }
             let largest = maxima[row];
             let mut added = [0.0; LANES];
-            let scores = scores[row * stride..][..width].as_chunks::<LANES>().0;
+            let scores = scores[row * stride..][..whole_lanes(last)].as_chunks::<LANES>().0;
+            weights[whole_lanes(last)..].fill(T::from_f32(0.0));
             for (scores, weights) in scores.iter().zip(weights.as_chunks_mut::<LANES>().0) {
                 for lane in 0..LANES {
                     let weight = exp_of_low(scores[lane] * scale - largest);
@@ -78,6 +79,12 @@ leveled! {
             }
         }
     }
+}
+
+/// How many elements of a row are computed, where it sees none from `last` on.
+#[inline(always)]
+fn whole_lanes(last: u32) -> usize {
+    (last as usize).next_multiple_of(LANES)
 }
 
 #[inline(always)]
@@ -117,8 +124,11 @@ leveled! {
             let (weights, gradients) = (&mut weights[row * stride..][..width], &mut gradients[row * stride..][..width]);
             let (log_sum, dot, zero) = (log_sums[row], dots[row], T::from_f32(0.0));
             let (before, after) = (0..first as usize, last as usize..width);
+            let computed = whole_lanes(last);
             scores[before.clone()].fill(f32::NEG_INFINITY);
-            scores[after.clone()].fill(f32::NEG_INFINITY);
+            scores[after.start..computed].fill(f32::NEG_INFINITY);
+            weights[computed..].fill(zero);
+            let (scores, dweights) = (&scores[..computed], &dweights[..computed]);
             let inputs = scores.as_chunks::<LANES>().0.iter().zip(dweights.as_chunks::<LANES>().0);
             let outputs = weights.as_chunks_mut::<LANES>().0.iter_mut().zip(gradients.as_chunks_mut::<LANES>().0);
             for ((scores, dweights), (weights, gradients)) in inputs.zip(outputs) {
