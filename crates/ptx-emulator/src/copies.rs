@@ -2,8 +2,8 @@
 //!
 //! Invariant: work is in its queue until it was carried out, and groups are counted per lane, as lanes may commit apart.
 
-use crate::instruction::Bulk;
 use crate::registers::{LANES, Mask, each};
+use crate::transfer::Bulk;
 use crate::watch::clocks::Clock;
 
 /// A copy of `cp.async`.

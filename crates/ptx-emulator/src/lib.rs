@@ -80,6 +80,7 @@ mod slots;
 mod syntax;
 mod tensor_map;
 mod token;
+mod transfer;
 mod warp;
 mod watch;
 

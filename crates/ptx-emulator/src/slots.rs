@@ -2,8 +2,9 @@
 //!
 //! Invariant: every slot of an instruction is shown exactly once per use, with the file it lies in, the reads before the writes.
 
-use crate::instruction::{Address, Answer, Barrier, GroupFactor, Instruction, Integer, Kind, MbarrierOperator, NONE, Operation, Vote};
+use crate::instruction::{Address, Answer, Barrier, GroupFactor, Instruction, Integer, Kind, NONE, Operation, Vote};
 use crate::scalar::Scalar;
+use crate::transfer::MbarrierOperator;
 
 /// The files of a warp's registers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

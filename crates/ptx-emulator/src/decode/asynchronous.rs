@@ -5,9 +5,10 @@
 use super::Decoder;
 use super::opcode::Opcode;
 use crate::fault::LoadError;
-use crate::instruction::{AtomicOperator, Bulk, BulkDirection, CopyAsync, Mbarrier, MbarrierOperator, NONE, Operation, Slots};
+use crate::instruction::{AtomicOperator, NONE, Operation, Slots};
 use crate::scalar::Scalar;
 use crate::syntax::Operand;
+use crate::transfer::{Bulk, BulkDirection, CopyAsync, Mbarrier, MbarrierOperator};
 
 impl<'a> Decoder<'a> {
     pub(super) fn asynchronous(&mut self, o: &Opcode<'a>) -> Result<bool, LoadError> {

@@ -9,11 +9,12 @@ use super::memory::{Doing, addresses, lost, misaligned_global, read_bytes, share
 use crate::address::{PARAMETER_WINDOW, in_window};
 use crate::copies::BulkCopy;
 use crate::fault::{Fault, FaultKind};
-use crate::instruction::{Address, Bulk, BulkDirection, NONE, Operation};
+use crate::instruction::{Address, NONE, Operation};
 use crate::machine::{At, Machine};
 use crate::registers::each;
 use crate::syntax::Space;
 use crate::tensor_map::{TensorMap, swizzled};
+use crate::transfer::{Bulk, BulkDirection};
 use crate::watch::check::Remote;
 use crate::watch::clocks::{ENGINE, Viewer, WHOLE};
 

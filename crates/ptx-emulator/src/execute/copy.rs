@@ -7,10 +7,11 @@ use super::Flow;
 use super::memory::{Doing, addresses, lost, misaligned_global, shared_index};
 use crate::copies::Copy;
 use crate::fault::{Fault, FaultKind};
-use crate::instruction::{CopyAsync, NONE, Order};
+use crate::instruction::{NONE, Order};
 use crate::machine::{At, Machine};
 use crate::registers::{LANES, each};
 use crate::syntax::Space;
+use crate::transfer::CopyAsync;
 use crate::watch::{Touch, touch};
 
 pub(super) fn begin(machine: &mut Machine<'_>, at: At, copy: &CopyAsync) -> Result<Flow, Fault> {

@@ -6,9 +6,10 @@
 use super::Flow;
 use super::memory::{Doing, addresses, shared_index};
 use crate::fault::{Fault, FaultKind};
-use crate::instruction::{Mbarrier, MbarrierOperator, NONE};
+use crate::instruction::NONE;
 use crate::machine::{At, Machine};
 use crate::registers::{each, first};
+use crate::transfer::{Mbarrier, MbarrierOperator};
 use crate::warp::State;
 use crate::watch::clocks::{ACTORS, Clock, join};
 

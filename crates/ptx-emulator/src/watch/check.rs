@@ -39,13 +39,11 @@ pub(crate) struct Remote {
 }
 
 /// An access of one lane, as cells see it.
-struct Visit {
+struct Visit<'a> {
     who: Who,
-    viewer: Viewer,
+    viewer: &'a Viewer,
     doing: Doing,
     strong: bool,
-    /// The bytes of the cell.
-    mask: u8,
     now: u32,
 }
 
@@ -96,44 +94,46 @@ impl Check {
         }
     }
 
-    fn cell<'a>(
-        shared: &'a mut Cells,
-        global: &'a mut HashMap<u64, Cells>,
-        machine: &Machine<'_>,
-        space: Space,
-        address: u64,
-    ) -> &'a mut Cell {
-        if space == Space::Shared {
-            return shared.get(address, |_, _, _| {});
-        }
-        let (allocation, offset) = machine.global.find(address, 1).expect("an access is shown here after it was found in bounds");
-        let cells = global.entry(allocation.base).or_insert_with(|| Cells::new(allocation.bytes));
-        cells.get(offset, |begin, end, fresh| {
-            for at in allocation.initialised(begin, end).into_iter().flat_map(|(from, to)| from..to) {
-                fresh[((at - begin) / CELL) as usize].initialised |= 1 << (at % CELL);
+    /// The cells of a range of bytes, all in one allocation or in shared memory: each with its bytes of the range as bits.
+    fn cells(&mut self, machine: &Machine<'_>, space: Space, begin: u64, bytes: u64, mut f: impl FnMut(&mut Cell, u8, &Clocks) -> bool) {
+        let (cells, allocation, begin) = if space == Space::Shared {
+            (&mut self.shared, None, begin)
+        } else {
+            let (allocation, offset) = machine.global.find(begin, bytes).expect("an access is shown here after it was found in bounds");
+            (self.global.entry(allocation.base).or_insert_with(|| Cells::new(allocation.bytes)), Some(allocation), offset)
+        };
+        let end = begin + bytes;
+        for offset in (begin / CELL * CELL..end).step_by(CELL as usize) {
+            let cell = cells.get(offset, |from, to, fresh| {
+                let known = allocation.map_or_else(Vec::new, |allocation| allocation.initialised(from, to));
+                for at in known.into_iter().flat_map(|(from, to)| from..to) {
+                    fresh[((at - from) / CELL) as usize].initialised |= 1 << (at % CELL);
+                }
+            });
+            // Two bytes to a cell: the first may lie before the range, the second after it.
+            let mask = u8::from(offset >= begin) | u8::from(offset + 1 < end) << 1;
+            if !f(cell, mask, &self.clocks) {
+                return;
             }
-        })
+        }
     }
 
     pub(super) fn touch(&mut self, machine: &Machine<'_>, at: At, touch: &Touch<'_>) -> Result<(), Fault> {
         let own = &self.clocks.warps[at.warp];
-        let (segment, viewer) = (own.segment, Viewer { clock: own.clock, actor: at.warp, lane: 0 });
+        let (segment, mut viewer) = (own.segment, Viewer { clock: own.clock, actor: at.warp, lane: 0 });
         let strong = touch.order != Order::Weak;
         self.now += 1;
+        let now = self.now;
         for lane in each(touch.mask) {
-            let (begin, end) = (touch.at[lane], touch.at[lane] + touch.bytes as u64);
-            let mut address = begin / CELL * CELL;
-            while address < end {
-                let bytes = (0..CELL).filter(|byte| (begin..end).contains(&(address + byte)));
-                let mask = bytes.fold(0, |mask, byte| mask | 1 << byte);
-                let viewer = Viewer { lane: lane as u8, ..viewer };
-                let who = Who::new(segment, at.pc, lane as u8);
-                let visit = Visit { who, viewer, doing: touch.doing, strong, mask, now: self.now };
-                let cell = Check::cell(&mut self.shared, &mut self.global, machine, touch.space, address.max(begin));
-                if let Some((kind, other)) = visited(cell, &self.clocks, &visit) {
-                    return Err(self.offence(machine, at, touch, lane, kind, other));
-                }
-                address += CELL;
+            viewer.lane = lane as u8;
+            let visit = Visit { who: Who::new(segment, at.pc, lane as u8), viewer: &viewer, doing: touch.doing, strong, now };
+            let mut wrong = None;
+            self.cells(machine, touch.space, touch.at[lane], touch.bytes as u64, |cell, mask, clocks| {
+                wrong = visited(cell, clocks, &visit, mask);
+                wrong.is_none()
+            });
+            if let Some((kind, other)) = wrong {
+                return Err(self.offence(machine, at, touch, lane, kind, other));
             }
         }
         if strong {
@@ -188,37 +188,40 @@ impl Check {
     /// An access by the asynchronous side of the machine: a bulk copy, or the operands of a group's product.
     pub(crate) fn remote(&mut self, machine: &Machine<'_>, at: At, remote: &Remote) -> Result<(), Fault> {
         self.now += 1;
-        let Remote { space, doing, begin, bytes, viewer, segment } = *remote;
-        let end = begin + bytes as u64;
-        for address in (begin / CELL * CELL..end).step_by(CELL as usize) {
-            let mask = (0..CELL).filter(|byte| (begin..end).contains(&(address + byte))).fold(0, |mask, byte| mask | 1 << byte);
-            let now = if doing == Doing::Reading { self.now } else { 0 };
-            let visit = Visit { who: Who::new(segment, at.pc, WHOLE), viewer, doing, strong: doing == Doing::Changing, mask, now };
-            let cell = Check::cell(&mut self.shared, &mut self.global, machine, space, address.max(begin));
-            let stored = (cell.stored, cell.writer);
-            if let Some((kind, other)) = visited(cell, &self.clocks, &visit) {
-                let touch = Touch { space, doing, mask: 1, at: &[begin; LANES], bytes, order: Order::Weak };
-                return Err(self.offence(machine, at, &touch, 0, kind, other));
+        let &Remote { space, doing, begin, bytes, ref viewer, segment } = remote;
+        let now = if doing == Doing::Reading { self.now } else { 0 };
+        let visit = Visit { who: Who::new(segment, at.pc, WHOLE), viewer, doing, strong: doing == Doing::Changing, now };
+        let (mut wrong, mut unfenced) = (None, None);
+        self.cells(machine, space, begin, bytes as u64, |cell, mask, clocks| {
+            let writer = usize::from(clocks.segments[cell.writer.segment as usize].actor);
+            let fenced = clocks.warps.get(writer).is_none_or(|warp| warp.proxy_fence >= cell.stored);
+            if space == Space::Shared && doing == Doing::Reading && cell.stored != 0 && !fenced {
+                unfenced = Some(cell.writer);
             }
-            let writer = usize::from(self.clocks.segments[stored.1.segment as usize].actor);
-            let fenced = self.clocks.warps.get(writer).is_none_or(|warp| warp.proxy_fence >= stored.0);
-            if space == Space::Shared && doing == Doing::Reading && stored.0 != 0 && !fenced {
-                let writer = self.name(machine, stored.1);
-                let message = format!(
-                    "reads shared address {address:#x} through the asynchronous proxy, which {writer} writes without fence.proxy.async after it"
-                );
-                return Err(machine.fault(at, 0, FaultKind::MissingFence, message));
+            wrong = visited(cell, clocks, &visit, mask);
+            wrong.is_none()
+        });
+        if let Some((kind, other)) = wrong {
+            let touch = Touch { space, doing, mask: 1, at: &[begin; LANES], bytes, order: Order::Weak };
+            return Err(self.offence(machine, at, &touch, 0, kind, other));
+        }
+        match unfenced.map(|writer| self.name(machine, writer)) {
+            None => Ok(()),
+            Some(writer) => {
+                let what = format!("reads {bytes} bytes at shared address {begin:#x} through the asynchronous proxy");
+                let message = format!("{what}, which {writer} writes without fence.proxy.async after it");
+                Err(machine.fault(at, 0, FaultKind::MissingFence, message))
             }
         }
-        Ok(())
     }
 
     /// Copies to shared memory are under way.
     pub(crate) fn in_flight(&mut self, machine: &Machine<'_>, mask: Mask, to: &[u64; LANES], bytes: u64) {
         for lane in each(mask) {
-            for address in (to[lane]..to[lane] + bytes).step_by(CELL as usize) {
-                Check::cell(&mut self.shared, &mut self.global, machine, Space::Shared, address).pending = true;
-            }
+            self.cells(machine, Space::Shared, to[lane], bytes, |cell, _, _| {
+                cell.pending = true;
+                true
+            });
         }
     }
 
@@ -240,9 +243,9 @@ enum Offender {
     Copy(Who),
 }
 
-/// Notes an access in a cell, and says what is wrong with it.
-fn visited(cell: &mut Cell, clocks: &Clocks, visit: &Visit) -> Option<(FaultKind, Offender)> {
-    let &Visit { who, ref viewer, doing, strong, mask, now } = visit;
+/// Notes an access to some bytes of a cell, and says what is wrong with it.
+fn visited(cell: &mut Cell, clocks: &Clocks, visit: &Visit<'_>, mask: u8) -> Option<(FaultKind, Offender)> {
+    let &Visit { who, viewer, doing, strong, now } = visit;
     let ordered = |other: Who| clocks.ordered(other.segment, other.lane(), viewer);
     if cell.pending {
         return Some((FaultKind::InFlight, Offender::Copy(cell.writer)));
