@@ -257,3 +257,44 @@ impl Driver for Emulated {
         self.finish(Stream::Copies)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What `Compute` copies of what `Copies` has uploaded.
+    fn copied(seed: Option<u64>, ordered: bool) -> Vec<u8> {
+        let gpu = Emulated::new(seed, false, 1);
+        let [from, to] = [(); 2].map(|()| gpu.allocate(64).expect("memory"));
+        gpu.upload(Stream::Copies, from, &[7; 64]).expect("queued");
+        if ordered {
+            let event = gpu.record(Stream::Copies).expect("queued");
+            gpu.wait(Stream::Compute, event).expect("queued");
+        }
+        gpu.copy(Stream::Compute, to, from, 64).expect("queued");
+        let mut bytes = vec![0; 64];
+        gpu.download(Stream::Compute, to, &mut bytes).expect("work that can be done");
+        bytes
+    }
+
+    #[test]
+    fn a_wait_that_is_missing_shows_as_wrong_numbers() {
+        assert_ne!(copied(None, false), [7; 64]);
+        assert!((0..8).any(|seed| copied(Some(seed), false) != [7; 64]));
+        assert_eq!(copied(None, true), [7; 64]);
+        assert!((0..8).all(|seed| copied(Some(seed), true) == [7; 64]));
+    }
+
+    #[test]
+    fn failures_name_what_was_wrong_and_end_what_follows() {
+        let gpu = Emulated::new(None, false, 1);
+        gpu.launch(Stream::Compute, "elementwise_add_u8", Grid::blocks(1, 256), &[]).expect("queued");
+        let error = gpu.synchronize().expect_err("no such kernel");
+        assert!(error.to_string().contains("elementwise_add_u8"), "{error:#}");
+        let freed = gpu.allocate(64).expect("memory");
+        gpu.free(freed, 64).expect("queued");
+        gpu.copy(Stream::Compute, freed, freed, 64).expect("queued");
+        let error = gpu.synchronize().expect_err("freed memory is not to be used");
+        assert!(error.to_string().contains("freed"), "{error:#}");
+    }
+}
