@@ -16,7 +16,7 @@ use crate::dispatch;
 use crate::dtype::{Element, Stored};
 use crate::rng;
 use anyhow::{Context, Result, ensure};
-use ptx_emulator::{Launch, Memory, Module, Options};
+use ptx_emulator::{Counters, Launch, Memory, Module, Options};
 use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -29,7 +29,19 @@ pub struct Emulated {
     cpu: Cpu,
     /// Where PTX is read from instead of what the program brings along.
     ptx: Option<PathBuf>,
+    counted: Option<Counted>,
     state: Mutex<State>,
+}
+
+/// What launches have counted, by kernel, in the order in which they ran. Clones share it.
+#[derive(Clone, Debug, Default)]
+pub struct Counted(Arc<Mutex<Vec<(String, Counters)>>>);
+
+impl Counted {
+    /// What was counted since the last time somebody asked. Work that is queued has not run yet.
+    pub fn take(&self) -> Vec<(String, Counters)> {
+        std::mem::take(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner))
+    }
 }
 
 #[derive(Default)]
@@ -78,12 +90,17 @@ impl Emulated {
     /// misused barriers are errors, too. `threads`: how many of this machine's threads run blocks and matrix products.
     pub fn new(seed: Option<u64>, checked: bool, threads: usize) -> Emulated {
         let options = Options { seed, checked, threads, ..Options::default() };
-        Emulated { memory: Memory::new(), options, cpu: Cpu::new(threads), ptx: None, state: Mutex::default() }
+        Emulated { memory: Memory::new(), options, cpu: Cpu::new(threads), ptx: None, counted: None, state: Mutex::default() }
     }
 
     /// The same with the kernels of `folder`: files named like those of `cuda/ptx/`.
     pub fn with_ptx_of(self, folder: &Path) -> Emulated {
         Emulated { ptx: Some(folder.to_path_buf()), ..self }
+    }
+
+    /// The same, and every launch tells `counted` what it has counted.
+    pub fn with_counters(self, counted: &Counted) -> Emulated {
+        Emulated { options: Options { counters: true, ..self.options }, counted: Some(counted.clone()), ..self }
     }
 
     fn queue(&self, stream: Stream, work: Work) -> Result<()> {
@@ -158,7 +175,10 @@ impl Emulated {
         };
         state.draws += 1;
         let seed = self.options.seed.map(|seed| seed.wrapping_add(state.draws));
-        ptx_emulator::launch(&self.memory, &launch, &Options { seed, ..self.options })?;
+        let counters = ptx_emulator::launch(&self.memory, &launch, &Options { seed, ..self.options })?;
+        if let Some(Counted(counted)) = &self.counted {
+            counted.lock().unwrap_or_else(PoisonError::into_inner).push((kernel.to_string(), counters));
+        }
         Ok(())
     }
 
