@@ -95,7 +95,7 @@ template <int D> struct FmaSums {
     }
   }
 
-  // To rows first.., those before `end`.
+  // To rows first.., those before `end`. One float at a time: each of a thread's four accesses touches the same sectors.
   DEVICE void store(float* to, size_t stride, uint32_t dim, uint32_t first, uint32_t end) const {
 #pragma unroll
     for (int i = 0; i < 2 * D / 16; i++) {

@@ -185,7 +185,7 @@ DEVICE void finish(T* logits, const float* max, const float* sums, const uint32_
         if (target - at == i) gradient.at[i] = with.of_target(packs[k].at[i]);
       }
     }
-    store_pack(x + at, gradient);
+    store_whole(x + at, gradient);
   }
   // Fewer than two packs are left: one thread for each element.
   int loose = width - whole * COUNT, at = int(threadIdx.x);

@@ -45,7 +45,7 @@ DEVICE void look_up(T* y, const uint32_t* ids, const T* table, size_t n, size_t 
         if (!here) packs[k].at[i] = from_float<T>(0.0f);
         if (ADDS) packs[k].at[i] = from_float<T>(to_float(old[k].at[i]) + to_float(packs[k].at[i]));
       }
-      store_pack(out + at, packs[k]);
+      store_whole(out + at, packs[k]);
     }
   } else {
     for (int at = lane(); at < width; at += WARP) {
@@ -72,7 +72,7 @@ EXPORT_ALL(LOOK_UP)
 
 // The stable order of n <= CHUNK ids. A block finds the places of 64 of them, four lanes each; all ids lie in shared memory, from where a lane
 // reads four at a time: the four lanes of an id read 16 neighbours, the ids of a warp the same, so no two words share a bank. Bytes: 4 a row
-// for each block, and 8 written.
+// for each block, and 8 written, each row's to its place in the order, in sectors of their own: 32 KiB at most.
 KERNEL(THREADS) embedding_sort(uint32_t* order, uint32_t* keys, const uint32_t* ids, uint32_t n, size_t first, size_t local) {
   constexpr int LANES = 4, BATCH = 4 * LANES;
   __shared__ alignas(16) uint32_t all[CHUNK];

@@ -142,3 +142,13 @@ struct Tree {
     return x;
   }
 };
+
+// ---- packs that were put together in branches ----
+
+// Stores a pack whose elements differ by branch: of `store_pack` the compiler may move parts into the branches, and then there are four
+// stores of 4 bytes, each of which touches all sectors. What it cannot see through it stores at once.
+template <typename T> DEVICE void store_whole(T* to, Pack<T> pack) {
+  uint4& words = reinterpret_cast<uint4&>(pack);
+  hide(words.x), hide(words.y), hide(words.z), hide(words.w);
+  store_pack(to, pack);
+}

@@ -27,12 +27,38 @@ use std::path::PathBuf;
 const BASELINE: &str = "tests/counters/baseline.txt";
 
 /// Why kernels have bank conflicts or sectors that are not full: the beginning of their names, and what their sources say in full.
-const REASONS: &[(&str, &str)] = &[];
+const REASONS: &[(&str, &str)] = &[
+    ("attention_backward_dots", "an lse is one float of a sector that other heads' blocks share"),
+    ("attention_backward_keys_64_f32", FLOATS),
+    ("attention_backward_keys_128_f32", FLOATS),
+    ("attention_backward_keys_256_f32", FLOATS),
+    ("attention_backward_queries_64_f32", FLOATS),
+    ("attention_backward_queries_128_f32", FLOATS),
+    ("attention_backward_queries_256_f32", FLOATS),
+    ("attention_forward_64_f32", FLOATS),
+    ("attention_forward_128_f32", FLOATS),
+    ("attention_forward_256_f32", FLOATS),
+    ("embedding_sort", "each row goes to its place in the order, a few bytes a row"),
+    ("rope_turn_bf16", "cosines and sines are f32: 32 bytes a thread in two accesses, of which the cache answers the second"),
+];
+
+const FLOATS: &str = "kernels of f32 store their sums one float at a time: they are made to be right, not fast";
 
 /// What of a kernel is held against the baseline. Ratios are to the least that the same bytes need.
 const COLUMNS: [&str; 13] = [
-    "integer", "float", "conversion", "memory", "matrix", "synchronization", "control", "wavefronts", "wavefronts/ideal", "sectors",
-    "sectors/ideal", "loaded/element", "stored/element",
+    "integer",
+    "float",
+    "conversion",
+    "memory",
+    "matrix",
+    "synchronization",
+    "control",
+    "wavefronts",
+    "wavefronts/ideal",
+    "sectors",
+    "sectors/ideal",
+    "loaded/element",
+    "stored/element",
 ];
 
 /// A kernel and where it ran; its counts by column.
@@ -56,7 +82,7 @@ const ALL: usize = ROWS * WIDTH;
 const CASES: &[Case] = &[
     case("64x1024", ALL, activations),
     case("65536", ALL, updates),
-    case("2x128x1024", 2 * ALL, sums_of_rows),
+    case("2x128x1024", 2 * 128 * WIDTH, sums_of_rows),
     case("4x32000", 4 * 32_000, losses),
     case("64x1024", ALL, element_by_element),
     case("64x1024_of_512", ALL, embeddings),
@@ -113,9 +139,9 @@ fn updates(device: &Device, dtype: Dtype) {
 }
 
 fn sums_of_rows(device: &Device, dtype: Dtype) {
-    let (t, chunks) = (ROWS * 2, 1);
-    let x = random(device, &[2 * ROWS * 2 / 2, WIDTH], dtype);
-    let mut dw = device.zeros([chunks, WIDTH], Dtype::F32);
+    let (sequences, t) = (2, 128);
+    let x = random(device, &[sequences * t, WIDTH], dtype);
+    let mut dw = device.zeros([1, WIDTH], Dtype::F32);
     let r = random(device, &[x.shape().rows()], Dtype::F32);
     let stats = random(device, &[x.shape().rows(), 2], Dtype::F32);
     reduce::sum_rows(dw.view_mut(), x.view(), t);
@@ -261,15 +287,14 @@ fn count(dtype: Dtype) -> Rows {
 
 /// What is less than ideal has a reason.
 fn explained(kernel: &str, shape: &str, counts: &Counts) {
+    const SLACK: f64 = 0.02;
     let ratios = [
         ("bank conflicts", ratio(counts.shared_wavefronts, counts.shared_wavefronts_ideal)),
         ("sectors that are not full", ratio(counts.global_sectors, counts.global_sectors_ideal)),
     ];
     for (what, ratio) in ratios {
         let known = REASONS.iter().any(|(name, _)| kernel.starts_with(name));
-        if ratio > 1.02 && !known {
-            eprintln!("{kernel} at {shape} has {what}: {ratio:.3} of the ideal, and REASONS has no reason for it");
-        }
+        assert!(ratio <= 1.0 + SLACK || known, "{kernel} at {shape} has {what}: {ratio:.3} of the ideal, and REASONS has no reason for it");
     }
 }
 
@@ -320,15 +345,18 @@ fn differences(now: &Rows, baseline: &Rows) -> Vec<String> {
 
 #[test]
 fn kernels_count_what_the_baseline_says() {
-    let mut now = std::thread::scope(|scope| {
+    let now = std::thread::scope(|scope| {
         let bf16 = scope.spawn(|| count(Dtype::Bf16));
         let mut all = count(Dtype::F32);
         all.extend(bf16.join().expect("counting bf16 says itself what fails"));
         all
     });
     let counted: Vec<String> = now.keys().filter_map(|key| key.split_once(' ')).map(|(kernel, _)| kernel.to_owned()).collect();
-    let missing: Vec<&str> =
-        SOURCES.iter().flat_map(Source::kernels).filter(|name| !name.contains("_f16") && !counted.iter().any(|kernel| kernel == name)).collect();
+    let missing: Vec<&str> = SOURCES
+        .iter()
+        .flat_map(Source::kernels)
+        .filter(|name| !name.contains("_f16") && !counted.iter().any(|kernel| kernel == name))
+        .collect();
     assert!(missing.is_empty(), "no case of {} runs {missing:?}", file!());
     let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join(BASELINE);
     if std::env::var("FERROTRON_BASELINE").is_ok_and(|value| value == "write") {
@@ -337,7 +365,6 @@ fn kernels_count_what_the_baseline_says() {
     }
     let text = fs::read_to_string(&path).unwrap_or_else(|error| panic!("reading {}: {error}", path.display()));
     let differences = differences(&now, &read(&text));
-    now.clear();
     assert!(
         differences.is_empty(),
         "the counts are not those of the baseline:\n{}\nIf that is as it should be, write it anew: FERROTRON_BASELINE=write cargo test --release --test counters",
