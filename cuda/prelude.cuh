@@ -145,10 +145,6 @@ struct Tree {
 
 // ---- packs that were put together in branches ----
 
-// Stores a pack whose elements differ by branch: of `store_pack` the compiler may move parts into the branches, and then there are four
-// stores of 4 bytes, each of which touches all sectors. What it cannot see through it stores at once.
-template <typename T> DEVICE void store_whole(T* to, Pack<T> pack) {
-  uint4& words = reinterpret_cast<uint4&>(pack);
-  hide(words.x), hide(words.y), hide(words.z), hide(words.w);
-  store_pack(to, pack);
-}
+// Stores a pack whose elements differ by branch. Of `store_pack` the compiler may make four stores of 4 bytes there, each of which touches
+// all sectors of a warp's 512 bytes.
+template <typename T> DEVICE void store_whole(T* to, const Pack<T>& pack) { store_16_global(to, *reinterpret_cast<const uint4*>(&pack)); }

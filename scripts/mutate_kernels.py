@@ -5,7 +5,8 @@
     scripts/mutate_kernels.py norm -k 3    those of norm.cu; of these only the third
 
 A mutation is caught when the parity tests of its file fail on the emulator. One that says `performance = true` changes no result; it must
-be seen by the counters (tests/counters.rs). The exit code is 1 if any mutation goes unnoticed.
+be seen by the counters (tests/counters.rs). With `production = true` it shows only beyond 2^31 elements, and tests/production.rs must
+notice. The exit code is 1 if any mutation goes unnoticed.
 """
 
 import argparse
@@ -44,6 +45,11 @@ def mutated(mutation):
     return text[:start] + mutation["replace"] + text[start + len(find):]
 
 
+def program(mutation):
+    """The test program that must notice."""
+    return "counters" if mutation.get("performance") else "production" if mutation.get("production") else "parity"
+
+
 def plant(compiler, mutation, folder):
     """Writes PTX of all kernels to `folder`, those of the mutated sources made anew."""
     shutil.rmtree(folder, ignore_errors=True)
@@ -68,18 +74,18 @@ def main():
     if arguments.k:
         mutations = mutations[arguments.k - 1:arguments.k]
     compiler = kernels.Compiler(kernels.toolchain())
-    programs = {name: test_binary(name) for name in ["parity", "counters"]}
+    programs = {name: test_binary(name) for name in {program(mutation) for mutation in mutations}}
     missed = 0
     for number, mutation in enumerate(mutations, 1):
         folder = FOLDER / str(number)
         plant(compiler, mutation, folder)
-        by = "counters" if mutation.get("performance") else "parity"
+        by = program(mutation)
         words = [] if by == "counters" else mutation["tests"]
         environment = os.environ | {"FERROTRON_PTX": str(folder)}
         done = subprocess.run([programs[by], *words], cwd=kernels.ROOT, env=environment, capture_output=True, text=True)
         if "running 0 tests" in done.stdout:
             sys.exit(f"no test of {by} has any of {words} in its name")
-        reasons = [line for line in (done.stdout + done.stderr).splitlines() if any(word in line for word in ("order", "seed", "checked", "baseline"))]
+        reasons = [line for line in (done.stdout + done.stderr).splitlines() if any(word in line for word in ("order", "seed", "checked", "rose", "fell", "ideal", "bytes at", "still zero"))]
         verdict = "caught" if done.returncode else "MISSED"
         missed += done.returncode == 0
         print(f"{verdict}  {mutation['file']}: {mutation['what']}" + (f"\n        {reasons[0].strip()[:180]}" if reasons and done.returncode else ""), flush=True)
