@@ -12,6 +12,8 @@ pub mod gemm;
 mod lanes;
 pub mod micro;
 pub mod pack;
+#[cfg(target_arch = "x86_64")]
+mod pack_avx512;
 pub mod pages;
 pub mod softmax;
 pub mod squares;

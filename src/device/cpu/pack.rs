@@ -8,13 +8,9 @@
 
 use crate::device::cpu::Isa;
 use crate::device::cpu::micro::{Unit, prefetch};
-use crate::dtype::{Dtype, Element};
 #[cfg(target_arch = "x86_64")]
-use std::arch::x86_64::{
-    __m512i, _mm256_loadu_si256, _mm512_cvtepu16_epi32, _mm512_maskz_loadu_epi32, _mm512_or_si512, _mm512_setzero_si512,
-    _mm512_shuffle_i32x4, _mm512_slli_epi32, _mm512_storeu_si512, _mm512_unpackhi_epi32, _mm512_unpackhi_epi64, _mm512_unpacklo_epi32,
-    _mm512_unpacklo_epi64,
-};
+use crate::device::cpu::pack_avx512::{across_avx512, across_pairs_avx512, interleave_avx512, transpose_avx512};
+use crate::dtype::{Dtype, Element};
 use std::ops::Range;
 
 /// Which index of an operand has neighbours in memory.
@@ -55,7 +51,7 @@ impl<'a, T: Element> Operand<'a, T> {
     }
 
     /// The elements from (x, k) on, as bits.
-    fn bits<B: bytemuck::Pod>(&self, x: usize, k: usize) -> &[B] {
+    pub fn bits<B: bytemuck::Pod>(&self, x: usize, k: usize) -> &[B] {
         bytemuck::cast_slice(&self.data[self.index(x, k)..])
     }
 }
@@ -185,6 +181,14 @@ pub fn pack_rows<T: Element>(
     let filled = unit.count(ks.len());
     let mut lowest = ANY;
     match height {
+        #[cfg(target_arch = "x86_64")]
+        8 if across && unit == Unit::Pair && isa >= Isa::Avx512 => {
+            let pairs = ks.start..ks.end - ks.len() % 2;
+            // SAFETY: the processor has AVX-512.
+            unsafe { across_pairs_avx512(panels, operand, whole.clone(), pairs.clone(), to) };
+            let last = RowPanels { first: first + pairs.len() / 2, ..panels };
+            across_panels::<T, 8>(last, operand, whole.clone(), pairs.end..ks.end, to);
+        }
         8 if across => across_panels::<T, 8>(panels, operand, whole.clone(), ks.clone(), to),
         6 if across => across_panels::<T, 6>(panels, operand, whole.clone(), ks.clone(), to),
         _ => {
@@ -203,7 +207,7 @@ pub fn pack_rows<T: Element>(
 }
 
 /// How many steps along K are asked for in advance.
-const AHEAD: usize = 16;
+pub const AHEAD: usize = 16;
 
 /// Whole panels of rows that are neighbours in memory: all panels step by step, so that each line of memory is read once.
 fn across_panels<T: Element, const HEIGHT: usize>(
@@ -275,128 +279,6 @@ fn without_denormals(x: f32) -> f32 {
     if x.is_subnormal() { 0f32.copysign(x) } else { x }
 }
 
-/// How far ahead along K rows are asked for: sixteen lines are too many streams for the processor to see by itself.
-#[cfg(target_arch = "x86_64")]
-const UNITS_AHEAD: usize = 128;
-
-/// Turns `rows` rows of 32-bit units, `row_bytes` apart, into a panel of `units` steps.
-///
-/// # Safety
-/// The rows must be readable for `units` units each; the processor must have AVX-512.
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f")]
-unsafe fn transpose_avx512(from: *const u8, row_bytes: usize, rows: usize, width: usize, units: usize, panel: &mut [u32]) {
-    assert_eq!(panel.len(), units * width, "a panel of {units} units of {width} rows");
-    for row in (0..width).step_by(16) {
-        let (present, wide) = (rows.saturating_sub(row).min(16), (width - row).min(16));
-        for unit in (0..units).step_by(16) {
-            let count = (units - unit).min(16);
-            let mask = u16::MAX >> (16 - count);
-            // At the end of these rows the next ones begin, of this panel or of its neighbour.
-            let (ahead_row, ahead_unit) = match unit + UNITS_AHEAD {
-                ahead if ahead < units => (row, ahead),
-                ahead => (row + 16, ahead.saturating_sub(units).min(unit)),
-            };
-            let mut block = [_mm512_setzero_si512(); 16];
-            for (index, line) in block.iter_mut().enumerate().take(present) {
-                prefetch(from.wrapping_add((ahead_row + index) * row_bytes + ahead_unit * 4));
-                // SAFETY: the mask keeps the load within the `units` units of a row that exists.
-                *line = unsafe { _mm512_maskz_loadu_epi32(mask, from.add((row + index) * row_bytes + unit * 4).cast()) };
-            }
-            transpose_block(&mut block);
-            if wide == 16 {
-                for (index, line) in block.into_iter().enumerate().take(count) {
-                    let to = &mut panel[(unit + index) * width + row..][..16];
-                    // SAFETY: `to` has sixteen units.
-                    unsafe { _mm512_storeu_si512(to.as_mut_ptr().cast(), line) };
-                }
-            } else {
-                for (index, line) in block.into_iter().enumerate().take(count) {
-                    let mut units = [0u32; 16];
-                    // SAFETY: `units` has sixteen units.
-                    unsafe { _mm512_storeu_si512(units.as_mut_ptr().cast(), line) };
-                    panel[(unit + index) * width + row..][..wide].copy_from_slice(&units[..wide]);
-                }
-            }
-        }
-    }
-}
-
-/// Transposes a 16 x 16 block of 32-bit units.
-#[cfg(target_arch = "x86_64")]
-#[inline]
-#[target_feature(enable = "avx512f")]
-fn transpose_block(rows: &mut [__m512i; 16]) {
-    let mut other = [_mm512_setzero_si512(); 16];
-    for i in 0..8 {
-        other[2 * i] = _mm512_unpacklo_epi32(rows[2 * i], rows[2 * i + 1]);
-        other[2 * i + 1] = _mm512_unpackhi_epi32(rows[2 * i], rows[2 * i + 1]);
-    }
-    // Now each 128-bit lane of four registers holds a 4 x 4 block; within it, columns become rows.
-    for i in 0..4 {
-        let four = [other[4 * i], other[4 * i + 1], other[4 * i + 2], other[4 * i + 3]];
-        rows[4 * i] = _mm512_unpacklo_epi64(four[0], four[2]);
-        rows[4 * i + 1] = _mm512_unpackhi_epi64(four[0], four[2]);
-        rows[4 * i + 2] = _mm512_unpacklo_epi64(four[1], four[3]);
-        rows[4 * i + 3] = _mm512_unpackhi_epi64(four[1], four[3]);
-    }
-    // What is left is a 4 x 4 transposition of whole lanes, for each of the four columns of a lane.
-    for column in 0..4 {
-        let (a, b, c, d) = (rows[column], rows[4 + column], rows[8 + column], rows[12 + column]);
-        let (ab_even, ab_odd) = (_mm512_shuffle_i32x4::<0x88>(a, b), _mm512_shuffle_i32x4::<0xdd>(a, b));
-        let (cd_even, cd_odd) = (_mm512_shuffle_i32x4::<0x88>(c, d), _mm512_shuffle_i32x4::<0xdd>(c, d));
-        other[column] = _mm512_shuffle_i32x4::<0x88>(ab_even, cd_even);
-        other[4 + column] = _mm512_shuffle_i32x4::<0x88>(ab_odd, cd_odd);
-        other[8 + column] = _mm512_shuffle_i32x4::<0xdd>(ab_even, cd_even);
-        other[12 + column] = _mm512_shuffle_i32x4::<0xdd>(ab_odd, cd_odd);
-    }
-    *rows = other;
-}
-
-/// Joins two lines of bf16, neighbours along K, into units.
-///
-/// # Safety
-/// The processor must have AVX-512.
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f")]
-unsafe fn interleave_avx512(even: &[u16], odd: &[u16], to: &mut [u32]) {
-    assert!(to.len().is_multiple_of(16) && even.len() == to.len() && odd.len() == to.len(), "lines of one length");
-    for start in (0..to.len()).step_by(16) {
-        // SAFETY: sixteen elements from `start` on are inside all three slices.
-        unsafe {
-            let low = _mm512_cvtepu16_epi32(_mm256_loadu_si256(even.as_ptr().add(start).cast()));
-            let high = _mm512_cvtepu16_epi32(_mm256_loadu_si256(odd.as_ptr().add(start).cast()));
-            _mm512_storeu_si512(to.as_mut_ptr().add(start).cast(), _mm512_or_si512(low, _mm512_slli_epi32::<16>(high)));
-        }
-    }
-}
-
-/// How many steps along K `across_avx512` asks for in advance.
-#[cfg(target_arch = "x86_64")]
-const STEPS_AHEAD: usize = 8;
-
-/// `pack_across` for pairs of bf16.
-///
-/// # Safety
-/// The processor must have AVX-512.
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f")]
-unsafe fn across_avx512<T: Element>(operand: &Operand<'_, T>, ks: Range<usize>, panels: &mut [(Range<usize>, &mut [u32])]) {
-    for (step, k) in ks.step_by(2).enumerate() {
-        for (columns, to) in &mut *panels {
-            let width = columns.len();
-            let (even, odd) = (&operand.bits::<u16>(columns.start, k)[..width], &operand.bits::<u16>(columns.start, k + 1)[..width]);
-            for line in [even, odd] {
-                let ahead = line.as_ptr().wrapping_add(STEPS_AHEAD * operand.stride);
-                prefetch(ahead);
-                prefetch(ahead.wrapping_add(width - 1));
-            }
-            // SAFETY: the processor has AVX-512.
-            unsafe { interleave_avx512(even, odd, &mut to[step * width..][..width]) }
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -422,7 +304,9 @@ mod tests {
     fn panels_across_are_panels() {
         let stream = Stream::new(2, "pack");
         let narrow: Vec<bf16> = (0..71 * 71).map(|i| bf16::from_f32(stream.normal(i) as f32)).collect();
-        for (height, along, ks) in [(8, Along::X, 3..20), (8, Along::X, 2..40), (6, Along::X, 0..7), (8, Along::K, 0..9)] {
+        for (height, along, ks) in
+            [(8, Along::X, 3..20), (8, Along::X, 2..40), (8, Along::X, 4..5), (6, Along::X, 0..7), (8, Along::K, 0..9)]
+        {
             let operand = Operand { data: &narrow[..], stride: 71, along };
             let units = Unit::Pair.count(ks.len());
             let mut together = vec![0; 37 * units];
