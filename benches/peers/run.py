@@ -10,6 +10,12 @@ For each model, format and number of threads a line tells tokens per second of e
 the most, and the ratio of the medians (above 1: ferrotron is faster). `clock` is what a watch sees, and what counts on a quiet machine.
 `free` is by processor time, which others on the machine disturb less; with one thread it is fair, with several PyTorch's count their
 waiting in it (see peers_torch.py).
+
+PyTorch is faster where malloc does not give memory back and where its BLAS takes its AVX-512 path on AMD processors, too:
+
+    echo 'int mkl_serv_intel_cpu_true(void) { return 1; }' > path.c && cc -shared -fPIC -o path.so path.c
+    LD_PRELOAD=$PWD/path.so MALLOC_MMAP_THRESHOLD_=8589934592 MALLOC_TRIM_THRESHOLD_=17179869184 MALLOC_TOP_PAD_=268435456 \\
+        python benches/peers/run.py
 """
 
 import argparse
