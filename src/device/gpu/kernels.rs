@@ -42,7 +42,7 @@ pub const SOURCES: &[Source] = sources![
     "elementwise",
     "embedding",
     "exact",
-    "norm",
+    "instructions", "norm",
     "reduce",
     "rope",
     "select"
