@@ -1,0 +1,35 @@
+#!/usr/bin/env bash
+# Builds what scripts/gpu_check.sh runs, and puts it into target/gpu-check: stripped, at most 64 MiB. Needs Rust and no GPU.
+#
+#   scripts/gpu_prepare.sh                     here
+#   scripts/gpu_check.sh                       on the machine with the GPU, in a copy of this folder that has target/gpu-check
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+to=target/gpu-check
+programs=(parity emulated instructions step)
+cargo build --release --locked
+# Each program's newest file, as cargo names it.
+built=$(cargo test --release --locked --no-run --message-format=json --test parity --test emulated --test instructions
+  cargo bench --locked --no-run --message-format=json --bench step)
+rm -rf "$to"
+mkdir -p "$to"
+cp target/release/ferrotron "$to/ferrotron"
+for program in "${programs[@]}"; do
+  file=$(printf '%s\n' "$built" | python3 -c '
+import json, sys
+lines = [json.loads(line) for line in sys.stdin if line.startswith("{")]
+files = [line["executable"] for line in lines if line.get("executable") and line["target"]["name"] == sys.argv[1]]
+print(files[-1] if files else sys.exit(f"cargo has built no {sys.argv[1]}"))' "$program")
+  cp "$file" "$to/$program"
+done
+for program in ferrotron "${programs[@]}"; do
+  strip "$to/$program"
+done
+git rev-parse --short HEAD >"$to/commit" 2>/dev/null || echo unknown >"$to/commit"
+size=$(du -sm "$to" | cut -f1)
+if ((size > 64)); then
+  echo "$to takes $size MiB, more than the 64 that it may" >&2
+  exit 1
+fi
+echo "$to: $size MiB"
