@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Builds what scripts/gpu_check.sh runs, and puts it into target/gpu-check: stripped, at most 64 MiB. Needs Rust and no GPU.
+# Builds what scripts/gpu_check.sh runs, and puts it into target/gpu-check: stripped, at most 40 MiB. Needs Rust and no GPU.
 #
 #   scripts/gpu_prepare.sh                     here
 #   scripts/gpu_check.sh                       on the machine with the GPU, in a copy of this folder that has target/gpu-check
@@ -28,8 +28,8 @@ for program in ferrotron "${programs[@]}"; do
 done
 git rev-parse --short HEAD >"$to/commit" 2>/dev/null || echo unknown >"$to/commit"
 size=$(du -sm "$to" | cut -f1)
-if ((size > 64)); then
-  echo "$to takes $size MiB, more than the 64 that it may" >&2
+if ((size > 40)); then
+  echo "$to takes $size MiB, more than the 40 that it may" >&2
   exit 1
 fi
 echo "$to: $size MiB"

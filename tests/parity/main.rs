@@ -106,12 +106,16 @@ fn hold_to_records(name: &str, result: &Tensor, close: Close) {
 const HEADS: f64 = 1e-4;
 
 fn of_bytes(device: &Device, dtype: Dtype, bytes: &[u8]) -> Tensor {
-    let count = bytes.len() / dtype.bytes();
+    fn read<T: Stored>(device: &Device, bytes: &[u8]) -> Tensor {
+        let mut values = vec![T::default(); bytes.len() / size_of::<T>()];
+        bytemuck::cast_slice_mut(&mut values).copy_from_slice(bytes);
+        Tensor::from_slice(device, [values.len()], &values)
+    }
     match dtype {
-        Dtype::F32 => Tensor::from_slice(device, [count], &bytemuck::pod_collect_to_vec::<u8, f32>(bytes)),
-        Dtype::Bf16 => Tensor::from_slice(device, [count], &bytemuck::pod_collect_to_vec::<u8, bf16>(bytes)),
-        Dtype::F16 => Tensor::from_slice(device, [count], &bytemuck::pod_collect_to_vec::<u8, f16>(bytes)),
-        Dtype::U32 => Tensor::from_slice(device, [count], &bytemuck::pod_collect_to_vec::<u8, u32>(bytes)),
+        Dtype::F32 => read::<f32>(device, bytes),
+        Dtype::Bf16 => read::<bf16>(device, bytes),
+        Dtype::F16 => read::<f16>(device, bytes),
+        Dtype::U32 => read::<u32>(device, bytes),
     }
 }
 
