@@ -42,7 +42,8 @@ pub const SOURCES: &[Source] = sources![
     "elementwise",
     "embedding",
     "exact",
-    "instructions", "norm",
+    "instructions",
+    "norm",
     "reduce",
     "rope",
     "select"
