@@ -324,9 +324,10 @@ fn matrices_from_shared_memory() {
 
 #[test]
 fn products_of_matrices() {
-    let of_bf16 = |half: u16| bf16::from_bits(half).to_f64();
-    let of_f16 = |half: u16| f16::from_bits(half).to_f64();
-    let forms: [(&str, Kind, &dyn Fn(u16) -> f64); 2] = [("multiply_bf16", Kind::Bf16s, &of_bf16), ("multiply_f16", Kind::F16s, &of_f16)];
+    type Value = fn(u16) -> f64;
+    let of_bf16: Value = |half| bf16::from_bits(half).to_f64();
+    let of_f16: Value = |half| f16::from_bits(half).to_f64();
+    let forms = [("multiply_bf16", Kind::Bf16s, of_bf16), ("multiply_f16", Kind::F16s, of_f16)];
     for (name, kind, value) in forms {
         Form { per_thread: 4, ..form(name, [kind, kind, Kind::Exponents], Word::F32) }.hold(|[a, b, c]| {
             let word = |i: usize| {
