@@ -7,23 +7,22 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 to=target/gpu-check
-programs=(parity emulated instructions step)
-cargo build --release --locked
-# Each program's newest file, as cargo names it.
-built=$(cargo test --release --locked --no-run --message-format=json --test parity --test emulated --test instructions
-  cargo bench --locked --no-run --message-format=json --bench step)
+programs=(ferrotron parity emulated instructions step)
+# One build, in which the tests bring the program along; each file is where cargo says.
+built=$(cargo test --release --locked --no-run --message-format=json-render-diagnostics --test parity --test emulated --test instructions \
+  --test cli --bench step)
 rm -rf "$to"
 mkdir -p "$to"
-cp target/release/ferrotron "$to/ferrotron"
 for program in "${programs[@]}"; do
   file=$(printf '%s\n' "$built" | python3 -c '
 import json, sys
 lines = [json.loads(line) for line in sys.stdin if line.startswith("{")]
-files = [line["executable"] for line in lines if line.get("executable") and line["target"]["name"] == sys.argv[1]]
+files = [line["executable"] for line in lines if line.get("executable") and line["target"]["name"] == sys.argv[1] and (
+    line["target"]["kind"] == ["bin"] or not sys.argv[1] == "ferrotron")]
 print(files[-1] if files else sys.exit(f"cargo has built no {sys.argv[1]}"))' "$program")
   cp "$file" "$to/$program"
 done
-for program in ferrotron "${programs[@]}"; do
+for program in "${programs[@]}"; do
   strip "$to/$program"
 done
 git rev-parse --short HEAD >"$to/commit" 2>/dev/null || echo unknown >"$to/commit"
