@@ -4,16 +4,20 @@
 //! cargo bench --bench step                                       every line
 //! cargo bench --bench step -- --model tiny --dtype bf16          those of one model and format
 //! cargo bench --bench step -- --model gpt2-124m --threads 1 --time 256 --json
+//! cargo bench --bench step -- --device cuda --model llama-1b     on the first GPU
 //! ```
 //!
 //! Two rates are told. `tok/s` is of the median step as a clock sees it: what a user gets on this machine as busy as it is. `free` is
 //! tokens over the processor time that a step took, times the threads: what the step would do if nothing else ran and no thread waited.
 //! The share of the peak is of the latter, with the FLOPs that `mfu` counts, against the best burst of multiply-adds between the steps.
+//! On a GPU there is one rate, by the clock, and its peak is that of a large square product.
 //!
 //! Invariant: all steps of a line are on the same tokens, and the first of them are not counted.
 
 use anyhow::{Context, Result, anyhow};
 use clap::Parser;
+use ferrotron::bench::cases::Work;
+use ferrotron::bench::gpu::Limits;
 use ferrotron::bench::machine;
 use ferrotron::comm::connect::Transport;
 use ferrotron::comm::groups::Groups;
@@ -21,11 +25,16 @@ use ferrotron::comm::threads::Threads;
 use ferrotron::config::Config;
 use ferrotron::data::loader::Batch;
 use ferrotron::device::Device;
+use ferrotron::device::gpu::cuda;
+use ferrotron::device::gpu::cuda::context::Context as Gpu;
+use ferrotron::device::gpu::cuda::libraries::Search;
 use ferrotron::dtype::Dtype;
+use ferrotron::launch::identity::{self, CudaPlaces};
 use ferrotron::plan::Plan;
 use ferrotron::plan::budget::Flops;
 use ferrotron::plan::catalog;
 use ferrotron::rng::Stream;
+use ferrotron::train::rehearsal;
 use ferrotron::train::report::{short_bytes, short_count};
 use ferrotron::train::resume;
 use ferrotron::train::step::Trainer;
@@ -33,7 +42,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 /// Name, `[model]`, rows of a step, tokens of a row. `peers/peers_torch.py` has the same.
-const MODELS: [(&str, &str, usize, &[usize]); 2] = [
+const MODELS: [(&str, &str, usize, &[usize]); 3] = [
     (
         "tiny",
         "family = \"llama\"\nhidden_size = 384\nintermediate_size = 1024\nnum_layers = 6\nnum_heads = 6\nnum_kv_heads = 2\nvocab_size = 257",
@@ -46,14 +55,24 @@ const MODELS: [(&str, &str, usize, &[usize]); 2] = [
         4,
         &[64, 256],
     ),
+    (
+        "llama-1b",
+        "family = \"llama\"\nhidden_size = 2048\nintermediate_size = 8192\nnum_layers = 16\nnum_heads = 32\nnum_kv_heads = 8\nvocab_size = 128256\n\
+         tie_word_embeddings = true",
+        4,
+        &[2048],
+    ),
 ];
+
+/// Too large for a processor: measured where it is named.
+const LARGE: &str = "llama-1b";
 
 /// Ranks, and threads of each.
 const LAYOUTS: [(usize, usize); 3] = [(1, 1), (1, 2), (2, 1)];
 
 #[derive(Parser)]
 struct Options {
-    /// tiny or gpt2-124m [default: both]
+    /// tiny, gpt2-124m or llama-1b [default: the first two]
     #[arg(long)]
     model: Option<String>,
     /// f32 or bf16 [default: both]
@@ -80,6 +99,9 @@ struct Options {
     /// Begin no further step after so many seconds
     #[arg(long, default_value_t = 60.0)]
     seconds: f64,
+    /// cpu or cuda
+    #[arg(long, default_value = "cpu", value_parser = ["cpu", "cuda"])]
+    device: String,
     /// One JSON object a line
     #[arg(long)]
     json: bool,
@@ -117,17 +139,40 @@ struct Measured {
 
 fn main() -> Result<()> {
     let options = Options::parse();
-    for (model, keys, rows, times) in MODELS.into_iter().filter(|model| options.model.as_ref().is_none_or(|name| name == model.0)) {
+    let wanted = |model: &str| options.model.as_ref().map_or(model != LARGE, |name| name == model);
+    for (model, keys, rows, times) in MODELS.into_iter().filter(|model| wanted(model.0)) {
         for &time in times.iter().take(if options.time.is_some() { 1 } else { times.len() }) {
             for dtype in
                 [Dtype::F32, Dtype::Bf16].into_iter().filter(|dtype| options.dtype.as_ref().is_none_or(|name| *name == dtype.to_string()))
             {
                 let (rows, time) = (options.rows.unwrap_or(rows), options.time.unwrap_or(time));
-                layouts(&options, Case { model, keys, dtype, rows, time, ranks: 1, threads: 1 })?;
+                let case = Case { model, keys, dtype, rows, time, ranks: 1, threads: 1 };
+                if options.on_gpu() {
+                    one_line(&options, case, None)?;
+                } else {
+                    layouts(&options, case)?;
+                }
             }
         }
     }
     Ok(())
+}
+
+impl Options {
+    fn on_gpu(&self) -> bool {
+        self.device == "cuda"
+    }
+}
+
+/// Measures a case and prints its line; the time of its median step.
+fn one_line(options: &Options, case: Case, together: Option<f64>) -> Result<f64> {
+    let measured = run(options, case).with_context(|| format!("{} {}", case.model, case.dtype))?;
+    if options.json {
+        print_json(options, case, &measured)
+    } else {
+        print_line(case, &measured, together)
+    }
+    Ok(median(&measured.wall))
 }
 
 /// One case on every layout that is asked for.
@@ -144,14 +189,9 @@ fn layouts(options: &Options, case: Case) -> Result<()> {
             continue;
         }
         let case = Case { ranks, threads, ..case };
-        let measured = run(options, case).with_context(|| format!("{} {}", case.model, case.dtype))?;
-        if options.json {
-            print_json(case, &measured)
-        } else {
-            print_line(case, &measured, together)
-        }
+        let seconds = one_line(options, case, together)?;
         if ranks == 1 && threads > 1 {
-            together = Some(median(&measured.wall));
+            together = Some(seconds);
         }
     }
     Ok(())
@@ -176,12 +216,12 @@ fn print_line(case: Case, measured: &Measured, together: Option<f64>) {
     );
 }
 
-fn print_json(case: Case, measured: &Measured) {
+fn print_json(options: &Options, case: Case, measured: &Measured) {
     let Case { model, dtype, rows, time, ranks, threads, .. } = case;
     let tokens = (rows * time) as f64;
     let free = tokens * (ranks * threads) as f64 / measured.processor;
     let line = serde_json::json!({
-        "peer": "ferrotron", "version": env!("CARGO_PKG_VERSION"), "model": model, "dtype": dtype.to_string(), "ranks": ranks,
+        "peer": "ferrotron", "version": env!("CARGO_PKG_VERSION"), "device": options.device, "model": model, "dtype": dtype.to_string(), "ranks": ranks,
         "threads": threads, "rows": rows, "time": time, "parameters": measured.parameters,
         "tokens_per_s": tokens / median(&measured.wall), "tokens_per_s_best": tokens / measured.wall[0], "tokens_per_s_free": free,
         "step_s": median(&measured.wall), "steps": measured.wall.len(), "processor_s": measured.processor,
@@ -198,8 +238,9 @@ fn median(sorted: &[f64]) -> f64 {
 fn run(options: &Options, case: Case) -> Result<Measured> {
     let Case { keys, dtype, rows, time, ranks, threads, .. } = case;
     let text = format!(
-        "[model]\n{keys}\n[train]\nsteps = 1000\nseq_len = {time}\nglobal_batch_size = {rows}\nmicro_batch_size = {}\ndtype = \"{dtype}\"\n",
-        rows / ranks
+        "[model]\n{keys}\n[train]\nsteps = 1000\nseq_len = {time}\nglobal_batch_size = {rows}\nmicro_batch_size = {}\ndtype = \"{dtype}\"\n[device]\nkind = \"{}\"\n",
+        rows / ranks,
+        options.device
     );
     let config = Config::parse("the benchmark", &text, &[]).map_err(|problems| anyhow!("{problems}"))?.0;
     let plan = Plan::new(&config, ranks, None).map_err(|problems| anyhow!("{problems:?}"))?;
@@ -208,15 +249,22 @@ fn run(options: &Options, case: Case) -> Result<Measured> {
         let one = |rank| {
             let (config, plan, transport) = (&config, plan.clone(), &transport);
             scope.spawn(move || {
-                let device = Device::cpu(threads);
-                let Device::Cpu(cpu) = &device else { unreachable!("it was just made") };
-                cpu.install(|| one_rank(options, case, config, plan, transport, rank, &device))
+                let device = if options.on_gpu() { gpu(config, &plan, rank, ranks)? } else { Device::cpu(threads) };
+                device.install(|| one_rank(options, case, config, plan, transport, rank, &device))
             })
         };
         let all: Vec<_> = (0..ranks).map(one).collect();
         let mut measured = all.into_iter().map(|rank| rank.join().map_err(|_| anyhow!("a rank panicked"))?).collect::<Result<Vec<_>>>()?;
         Ok(measured.swap_remove(0))
     })
+}
+
+/// With as much memory as a run of the plan takes.
+fn gpu(config: &Config, plan: &Plan, rank: usize, ranks: usize) -> Result<Device> {
+    let search = Search::new(&CudaPlaces::detect(&identity::environment()));
+    let (context, found) = Gpu::find(&search, rank, ranks)?;
+    let bytes = cuda::bytes_with_slack(rehearsal::rehearse(config, plan, rank)?.peak);
+    Device::cuda(context, found, bytes, "measure with fewer --rows".to_string())
 }
 
 fn one_rank(
@@ -239,8 +287,8 @@ fn one_rank(
     for step in 0..options.warmup + options.steps {
         // Nobody else computes while the peak is taken, and all ranks do as many steps.
         trainer.groups.world.barrier()?;
-        if rank == 0 {
-            peak = peak.max(machine::peak_flops(threads, case.dtype) / 1e9);
+        if rank == 0 && !options.on_gpu() {
+            peak = peak.max(machine::peak_flops(threads, case.dtype));
         }
         let over = step > options.warmup && begin.elapsed().as_secs_f64() > options.seconds;
         if trainer.groups.world.exchange(&[over as u8])?[0][0] != 0 {
@@ -248,9 +296,20 @@ fn one_rank(
         }
         let (start, start_processor) = (Instant::now(), machine::processor_seconds());
         losses.push(trainer.step(step as u64, &batch, false)?.loss);
+        device.check()?;
         if step >= options.warmup {
             wall.push(start.elapsed().as_secs_f64());
-            processor.push(machine::processor_seconds() - start_processor);
+            // A GPU's time is the clock's: the host only waits.
+            let busy = machine::processor_seconds() - start_processor;
+            processor.push(if options.on_gpu() { start.elapsed().as_secs_f64() } else { busy });
+        }
+    }
+    // A GPU's peak takes memory that is not the steps'.
+    let memory = device.memory().bytes_peak();
+    if options.on_gpu() {
+        let mut limits = Limits::of_products(device, case.dtype)?;
+        for _ in 0..5 {
+            peak = peak.max(limits.of(Work::Flops(0.0))?);
         }
     }
     wall.sort_by(f64::total_cmp);
@@ -259,10 +318,10 @@ fn one_rank(
         processor: median(&processor),
         wall,
         losses: [losses[0], losses[losses.len() - 1]],
-        memory: device.memory().bytes_peak(),
+        memory,
         parameters,
         flops_per_token: flops,
-        peak: peak * 1e9,
+        peak,
     })
 }
 

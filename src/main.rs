@@ -113,6 +113,18 @@ struct BenchArguments {
     /// Threads; 0: all there are
     #[arg(long, default_value_t = 0)]
     threads: usize,
+    /// What to measure
+    #[arg(long, value_enum, default_value_t = Measured::Cpu)]
+    device: Measured,
+    /// One JSON object a line
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Clone, Copy, PartialEq, ValueEnum)]
+enum Measured {
+    Cpu,
+    Cuda,
 }
 
 #[derive(Args)]
@@ -206,9 +218,13 @@ fn tell(error: &anyhow::Error) -> ExitCode {
 }
 
 fn bench(arguments: &BenchArguments) -> Result<ExitCode> {
+    if arguments.device == Measured::Cuda {
+        ferrotron::bench::gpu::run(&[Dtype::Bf16, Dtype::F32], &arguments.words, arguments.json, &mut std::io::stdout())?;
+        return Ok(ExitCode::SUCCESS);
+    }
     let available = std::thread::available_parallelism().map_or(1, usize::from);
     let threads = if arguments.threads > 0 { arguments.threads } else { available };
-    ferrotron::bench::run(threads, &[Dtype::Bf16, Dtype::F32], &arguments.words, &mut std::io::stdout())?;
+    ferrotron::bench::run(threads, &[Dtype::Bf16, Dtype::F32], &arguments.words, arguments.json, &mut std::io::stdout())?;
     Ok(ExitCode::SUCCESS)
 }
 

@@ -171,3 +171,21 @@ fn doctor_and_completions_work_anywhere() {
         assert!(out(&ferrotron(&["completions", shell])).contains("ferrotron"), "{shell}");
     }
 }
+
+#[test]
+fn checks_of_a_gpu_end_at_once_where_there_is_none() {
+    if ["/dev/nvidiactl", "/proc/driver/nvidia", "/dev/dxg"].iter().any(|sign| Path::new(sign).exists()) {
+        println!("this machine has a driver: scripts/gpu_check.sh would check it");
+        return;
+    }
+    let reports = folder("reports");
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("scripts/gpu_check.sh");
+    let output = Command::new("bash").arg(script).arg(&reports).output().expect("bash starts");
+    assert_eq!((code(&output), out(&output).as_str()), (2, ""));
+    assert!(err(&output).starts_with("there is no GPU here") && err(&output).lines().count() == 1, "{}", err(&output));
+    assert_eq!(std::fs::read_dir(&reports).expect("the folder of the test").count(), 0, "no report without a GPU");
+    // Neither does the benchmark print a number.
+    let output = ferrotron(&["bench", "--device", "cuda"]);
+    assert_eq!((code(&output), out(&output).as_str()), (1, ""));
+    assert!(err(&output).contains("NVIDIA's driver"), "{}", err(&output));
+}

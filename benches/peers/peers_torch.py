@@ -11,8 +11,12 @@ clipping to norm 1, fused AdamW, and reading the loss back: what ferrotron does 
 
     tiny        llama, 6 layers of width 384, 6 heads on 2, MLP 1024, vocabulary 257; 16 rows of 256 tokens a step
     gpt2-124m   GPT-2 small: 12 layers of width 768, 12 heads, vocabulary 50257, tied; 4 rows of 64 tokens a step
+    llama-1b    Llama 3.2 1B: 16 layers of width 2048, 32 heads on 8, MLP 8192, vocabulary 128256, tied; 4 rows of 2048 tokens a step
 
 The same as in benches/step.rs; run.py holds the two against each other.
+
+--device cuda runs on the first GPU: attention is scaled_dot_product_attention, by its flash kernels where the format is bf16, eager or
+with --compile. Time is the clock's there, up to the loss's arrival, and f32 products are in f32 (no TF32), as ferrotron's are.
 
 --dtype bf16 keeps f32 weights and runs under torch.autocast(bfloat16); f32 computes in f32 throughout.
 `tokens_per_s` is of the median step. A step during which other processes took a noticeable part of a core is thrown away
@@ -34,6 +38,8 @@ MODELS = {
     "tiny": dict(kind="llama", layers=6, width=384, heads=6, kv_heads=2, hidden=1024, vocabulary=257, positions=256, rows=16, time=256),
     "gpt2-124m": dict(kind="gpt2", layers=12, width=768, heads=12, kv_heads=12, hidden=3072, vocabulary=50257, positions=1024, rows=4,
                       time=64),
+    "llama-1b": dict(kind="llama", layers=16, width=2048, heads=32, kv_heads=8, hidden=8192, vocabulary=128256, positions=2048, rows=4,
+                     time=2048, tied=True),
 }
 
 
@@ -43,6 +49,7 @@ def arguments():
     parser.add_argument("--model", choices=MODELS, default="tiny")
     parser.add_argument("--dtype", choices=["f32", "bf16"], default="f32")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--compile", action="store_true", help="torch.compile; needs a C++ compiler")
     parser.add_argument("--rows", type=int, help="sequences a step")
     parser.add_argument("--time", type=int, help="tokens a sequence")
@@ -56,7 +63,7 @@ OPTIONS = arguments()
 if OPTIONS.all:
     rest = [a for a in sys.argv[1:] if a != "--all"]
     for model in MODELS:
-        for dtype in ("f32", "bf16"):
+        for dtype in ("f32", "bf16") if model != "llama-1b" or OPTIONS.device == "cuda" else ():
             subprocess.run([sys.executable, __file__, *rest, "--model", model, "--dtype", dtype], check=True)
     sys.exit()
 os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(OPTIONS.threads)  # read when torch is loaded
@@ -112,7 +119,7 @@ class Decoder(nn.Module):
         for part in self.modules():
             if isinstance(part, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(part.weight, std=0.02)
-        if m["kind"] == "gpt2":
+        if m["kind"] == "gpt2" or m.get("tied"):
             self.head.weight = self.tokens.weight
         half = m["width"] // m["heads"] // 2
         angles = torch.outer(torch.arange(float(m["positions"])), 1e4 ** (-torch.arange(half) / half))
@@ -145,7 +152,10 @@ def main():
     m = MODELS[OPTIONS.model]
     rows, length = OPTIONS.rows or m["rows"], OPTIONS.time or m["time"]
     torch.manual_seed(0)
-    model = Decoder(m | dict(positions=max(m["positions"], length)))
+    gpu = OPTIONS.device == "cuda"
+    if gpu:
+        torch.backends.cuda.matmul.allow_tf32 = False
+    model = Decoder(m | dict(positions=max(m["positions"], length))).to(OPTIONS.device)
     parameters = sum(p.numel() for p in model.parameters())
     matrices, vectors = ([p for p in model.parameters() if (p.ndim >= 2) == wanted] for wanted in (True, False))
     groups = [dict(params=matrices, weight_decay=0.1), dict(params=vectors, weight_decay=0.0)]
@@ -153,13 +163,15 @@ def main():
     run = torch.compile(model) if OPTIONS.compile else model
 
     def step():
-        tokens = torch.randint(m["vocabulary"], (rows, length + 1))
+        tokens = torch.randint(m["vocabulary"], (rows, length + 1), device=OPTIONS.device)
         optimizer.zero_grad(set_to_none=True)
-        with torch.autocast("cpu", torch.bfloat16, enabled=OPTIONS.dtype == "bf16"):
+        with torch.autocast(OPTIONS.device, torch.bfloat16, enabled=OPTIONS.dtype == "bf16"):
             loss = run(tokens[:, :-1], tokens[:, 1:])
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
+        if gpu:
+            torch.cuda.synchronize()
         return loss.item()
 
     losses = [step() for _ in range(OPTIONS.warmup)]
@@ -170,15 +182,17 @@ def main():
         took = time.perf_counter() - start
         processor.append(time.process_time() - processor_start)
         share = (others_cpu_seconds() - others) / took
-        (calm if share < 0.08 + 0.02 / took else disturbed).append(took)  # the system's counters have steps of 10 ms
+        (calm if gpu or share < 0.08 + 0.02 / took else disturbed).append(took)  # the system's counters have steps of 10 ms
     times = calm if len(calm) >= 3 else calm + disturbed
-    tokens, processor_s = rows * length, statistics.median(processor)
+    tokens, processor_s = rows * length, statistics.median(times if gpu else processor)
+    threads = 1 if gpu else OPTIONS.threads
+    memory = torch.cuda.max_memory_allocated() if gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     print(json.dumps(dict(
-        peer="torch", version=torch.__version__, model=OPTIONS.model, dtype=OPTIONS.dtype, compiled=OPTIONS.compile,
+        peer="torch", version=torch.__version__, device=OPTIONS.device, model=OPTIONS.model, dtype=OPTIONS.dtype, compiled=OPTIONS.compile,
         threads=OPTIONS.threads, rows=rows, time=length, parameters=parameters, tokens_per_s=round(tokens / statistics.median(times), 1),
-        tokens_per_s_best=round(tokens / min(times), 1), tokens_per_s_free=round(tokens * OPTIONS.threads / processor_s, 1),
+        tokens_per_s_best=round(tokens / min(times), 1), tokens_per_s_free=round(tokens * threads / processor_s, 1),
         processor_s=round(processor_s, 5), step_s=round(statistics.median(times), 5), steps_calm=len(calm),
-        steps_disturbed=len(disturbed), memory_peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        steps_disturbed=len(disturbed), memory_peak_bytes=memory,
         loss_first=round(losses[0], 4), loss_last=round(losses[-1], 4))), flush=True)
 
 

@@ -37,19 +37,25 @@ def main():
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=10, help="timed steps of a round, at most")
     parser.add_argument("--seconds", type=float, default=30, help="of a round, about")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="cuda: the first GPU, with one thread")
+    parser.add_argument("--rows", type=int, help="sequences a step, in place of the model's own")
+    parser.add_argument("--program", help="the built benchmark of ferrotron, in place of cargo's")
     parser.add_argument("--compile", action="store_true", help="PyTorch through torch.compile; needs a C++ compiler")
     options = parser.parse_args()
-    subprocess.run(["cargo", "bench", "--quiet", "--bench", "step", "--no-run"], cwd=HERE, check=True)
+    if options.program is None:
+        subprocess.run(["cargo", "bench", "--quiet", "--bench", "step", "--no-run"], cwd=HERE, check=True)
     for model in options.models:
         for dtype in options.dtypes:
-            for threads in options.threads:
+            for threads in options.threads if options.device == "cpu" else [1]:
                 compare(options, model, dtype, threads)
 
 
 def compare(options, model, dtype, threads):
     common = ["--model", model, "--dtype", dtype, "--threads", str(threads), "--steps", str(options.steps),
-              "--seconds", str(options.seconds), *(["--time", str(options.time)] if options.time else [])]
-    ours = ["cargo", "bench", "--quiet", "--bench", "step", "--", "--json", "--ranks", "1", *common]
+              "--seconds", str(options.seconds), "--device", options.device,
+              *(["--rows", str(options.rows)] if options.rows else []), *(["--time", str(options.time)] if options.time else [])]
+    program = [str(pathlib.Path(options.program).resolve())] if options.program else ["cargo", "bench", "--quiet", "--bench", "step", "--"]
+    ours = [*program, "--json", "--ranks", "1", *common]
     theirs = [sys.executable, str(HERE / "peers_torch.py"), *common, *(["--compile"] if options.compile else [])]
     seen = {"ferrotron": [], "torch": []}
     for turn in range(options.rounds):

@@ -1,5 +1,6 @@
 //! Every op on a GPU gives what it gives on the CPU: the kernels' PTX, executed by the emulator in a fixed order of threads, in eight random
-//! ones, and with every check on.
+//! ones, and with every check on. With FERROTRON_GPU=1 a real GPU stands beside the emulator's fixed order, with FERROTRON_GPU=only in its
+//! place; what it gives is appended to the file that FERROTRON_RECORD names, and what is in `tests/golden/gpu` the emulator is held to.
 
 mod activation;
 mod adamw;
@@ -7,6 +8,11 @@ mod attention;
 mod cross_entropy;
 mod elementwise;
 mod embedding;
+#[path = "../support/golden.rs"]
+mod golden;
+#[path = "../support/gpu.rs"]
+mod gpu;
+mod matmul;
 mod norm;
 mod reduce;
 mod rope;
@@ -18,6 +24,7 @@ use ferrotron::device::tensor::Tensor;
 use ferrotron::dtype::{Dtype, Element, Stored};
 use ferrotron::rng::Stream;
 use ferrotron::shape::Shape;
+use golden::Record;
 use half::{bf16, f16};
 use std::path::PathBuf;
 
@@ -32,7 +39,11 @@ pub enum Close {
     Share(f64),
 }
 
-/// Runs `op` on the CPU and on emulated GPUs, and compares all tensors that it returns. On every GPU they must have the same bits.
+/// The name of the real GPU among `gpus`.
+const REAL: &str = "a real GPU";
+
+/// Runs `op` on the CPU and on GPUs, and compares all tensors that it returns. On every emulated one they must have the same bits; on a
+/// real one too from call to call, but not those of the emulator, where approximate instructions are used.
 pub fn same(what: &str, close: Close, op: impl Fn(&Device) -> Vec<Tensor>) {
     let expected = op(&Device::cpu(1));
     let mut first: Option<Vec<Vec<u8>>> = None;
@@ -41,17 +52,74 @@ pub fn same(what: &str, close: Close, op: impl Fn(&Device) -> Vec<Tensor>) {
         let bytes: Vec<Vec<u8>> = results.iter().map(|x| x.view().to_bytes()).collect();
         device.check().unwrap_or_else(|error| panic!("{what}, {order}: {error:#}"));
         assert_eq!(results.len(), expected.len(), "{what}: results");
+        let real = order == REAL;
         for (index, (result, expected)) in results.iter().zip(&expected).enumerate() {
             assert_eq!((result.shape(), result.dtype()), (expected.shape(), expected.dtype()), "{what}, result {index}");
+            if real {
+                // Before it is judged: a surprise is what one wants to look at.
+                golden::record(&format!("{what}, result {index}"), &Record::of(result, KEPT * result.dtype().bytes()));
+            }
             let problem = difference(result, expected, close);
             assert!(problem.is_none(), "{what}, {order}, result {index}: {}", problem.unwrap_or_default());
+        }
+        if real {
+            let again: Vec<Vec<u8>> = op(&device).iter().map(|x| x.view().to_bytes()).collect();
+            assert!(again == bytes, "{what}, {order}: other bits when it is done again");
+            if let Some(emulated) = &first {
+                println!("{what}: {} the emulator's bits", if *emulated == bytes { "has" } else { "has not" });
+            }
+            continue;
+        }
+        if first.is_none() {
+            results.iter().enumerate().for_each(|(index, result)| hold_to_records(&format!("{what}, result {index}"), result, close));
         }
         let first = first.get_or_insert_with(|| bytes.clone());
         assert!(*first == bytes, "{what}, {order}: other bits than in the fixed order of threads");
     }
 }
 
-/// Emulated GPUs, and how each orders its threads. FERROTRON_PTX names a folder of kernels to be tested instead of the program's own.
+/// Elements of a result that are recorded as they are.
+const KEPT: usize = 64;
+
+/// Holds a result of the emulator to what real GPUs have recorded under its name.
+fn hold_to_records(name: &str, result: &Tensor, close: Close) {
+    let records = golden::recorded(name);
+    if records.is_empty() {
+        return;
+    }
+    let mine = Record::of(result, KEPT * result.dtype().bytes());
+    for (file, record) in records {
+        assert_eq!((mine.bytes, mine.head.len()), (record.bytes, record.head.len()), "{name}: as many bytes as in {file}");
+        if let (Close::Share(_), false) = (close, result.dtype() == Dtype::U32) {
+            // Both are within the share of the CPU's result, which has been seen of the whole.
+            let host = Device::cpu(1);
+            let [mine, theirs] = [&mine.head, &record.head].map(|head| of_bytes(&host, result.dtype(), head));
+            let problem = difference(&mine, &theirs, Close::Share(HEADS));
+            assert!(problem.is_none(), "{name}, beside {file}: {}", problem.unwrap_or_default());
+        } else {
+            assert_eq!(mine, *record, "{name}: not the bits of {file}");
+        }
+    }
+}
+
+/// How far the first elements of two results may be apart, as a share of their norm, which may be less than that of the whole.
+const HEADS: f64 = 1e-4;
+
+fn of_bytes(device: &Device, dtype: Dtype, bytes: &[u8]) -> Tensor {
+    fn read<T: Stored>(device: &Device, bytes: &[u8]) -> Tensor {
+        let mut values = vec![T::default(); bytes.len() / size_of::<T>()];
+        bytemuck::cast_slice_mut(&mut values).copy_from_slice(bytes);
+        Tensor::from_slice(device, [values.len()], &values)
+    }
+    match dtype {
+        Dtype::F32 => read::<f32>(device, bytes),
+        Dtype::Bf16 => read::<bf16>(device, bytes),
+        Dtype::F16 => read::<f16>(device, bytes),
+        Dtype::U32 => read::<u32>(device, bytes),
+    }
+}
+
+/// GPUs, and how each orders its threads. FERROTRON_PTX names a folder of kernels to be tested instead of the program's own.
 pub fn gpus() -> Vec<(String, Device)> {
     let folder = std::env::var_os("FERROTRON_PTX").map(PathBuf::from);
     let gpu = |seed, checked| {
@@ -61,7 +129,12 @@ pub fn gpus() -> Vec<(String, Device)> {
             None => emulated,
         }))
     };
-    let mut all = vec![("in order".to_string(), gpu(None, false))];
+    let in_order = || ("in order".to_string(), gpu(None, false));
+    if let Some((device, alone)) = golden::real() {
+        let real = (REAL.to_string(), device);
+        return if alone { vec![real] } else { vec![in_order(), real] };
+    }
+    let mut all = vec![in_order()];
     all.extend((0..8).map(|seed| (format!("seed {seed}"), gpu(Some(seed), false))));
     all.push(("checked".to_string(), gpu(None, true)));
     all.push(("checked, seed 9".to_string(), gpu(Some(9), true)));

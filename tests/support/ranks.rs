@@ -2,6 +2,8 @@
 //!
 //! Invariant: what a run leaves is taken from global tensors, so runs of different layouts can be compared bit by bit.
 
+#[path = "gpu.rs"]
+mod gpu;
 #[path = "tokens.rs"]
 pub mod tokens;
 
@@ -94,6 +96,7 @@ pub fn run(config: &Config, world: usize, leg: &Leg<'_>) -> Trace {
 fn one_rank(config: &Config, plan: Plan, transport: &Transport, rank: usize, leg: &Leg<'_>, checkpoint: Option<&Checkpoint>) -> Left {
     let device = match config.device.kind {
         DeviceKind::Emulated => Device::emulated(None, false, 1),
+        DeviceKind::Cuda => gpu::open(rank, plan.mesh.world()),
         _ => Device::cpu(1),
     };
     let groups = Groups::connect(transport, &plan.mesh, rank).expect("groups of threads");

@@ -42,6 +42,7 @@ pub const SOURCES: &[Source] = sources![
     "elementwise",
     "embedding",
     "exact",
+    "instructions",
     "norm",
     "reduce",
     "rope",
