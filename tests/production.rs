@@ -47,7 +47,7 @@ impl Sampled {
         let count: u64 = grid.blocks.iter().map(|&blocks| blocks as u64).product();
         let mut blocks = match self.pick {
             Pick::First => vec![0],
-            Pick::Three if count < STRIDING || count > STRIDING => vec![0, count / 2, count - 1],
+            Pick::Three if count != STRIDING => vec![0, count / 2, count - 1],
             Pick::Three | Pick::Last => vec![count - 1],
         };
         blocks.dedup();
