@@ -4,7 +4,13 @@
 #[path = "support/ranks.rs"]
 mod ranks;
 
+use ferrotron::comm::groups::Groups;
 use ferrotron::config::Config;
+use ferrotron::device::Device;
+use ferrotron::plan::Plan;
+use ferrotron::train::rehearsal::rehearse;
+use ferrotron::train::resume;
+use ferrotron::train::step::Trainer;
 use ranks::{Trace, train};
 use std::time::Instant;
 
@@ -18,14 +24,14 @@ fn gpu() -> &'static str {
 
 /// What a run computes with, and how it is laid out.
 #[derive(Clone, Copy)]
-struct Run {
+struct Run<'a> {
     family: &'static str,
     dtype: &'static str,
     device: &'static str,
-    layout: &'static str,
+    layout: &'a str,
 }
 
-impl Run {
+impl Run<'_> {
     fn config(&self) -> Config {
         let kv = if self.family == "llama" { "num_kv_heads = 2" } else { "" };
         let text = format!(
@@ -62,6 +68,43 @@ fn losses_are_those_of_the_cpu_within_rounding() {
                 }
             }
         }
+    }
+}
+
+#[test]
+fn a_checked_step_takes_the_memory_that_was_predicted() {
+    let folder = std::env::temp_dir();
+    let offload = format!("zero = 3\noffload_optimizer = {folder:?}\noffload_weights = {folder:?}");
+    for (family, dtype, layout) in [("llama", "bf16", ""), ("gpt2", "f32", ""), ("llama", "bf16", &offload), ("gpt2", "f32", &offload)] {
+        let config = Run { family, dtype, device: "emulated", layout }.config();
+        let plan = Plan::new(&config, 1, None).unwrap_or_else(|problems| panic!("{problems:#?}"));
+        let predicted = rehearse(&config, &plan, 0).expect("a rehearsal");
+        // Threads in a random order; races, bounds and reads of what nobody wrote are errors.
+        let device = Device::emulated(Some(5), true, 1);
+        let mut trainer = Trainer::new(&config, plan, 0, &device, Groups::solo()).expect("a trainer");
+        resume::start(&mut trainer, &config).expect("initial weights");
+        device.memory().reset_peak();
+        let batch = ranks::tokens::batch(0, &trainer.rank.rows, trainer.plan.t, config.model.vocab_size);
+        let outcome = trainer.step(0, &batch, false).expect("a step without a fault");
+        assert!(outcome.applied && outcome.loss.is_finite(), "{family} {dtype}: {outcome:?}");
+        device.check().expect("an update without a fault");
+        assert_eq!(device.memory().bytes_peak(), predicted.peak, "{family} {dtype} {layout}: {predicted:?}");
+    }
+}
+
+#[test]
+fn state_on_the_host_gives_the_same_bits() {
+    let folder = std::env::temp_dir();
+    for (family, dtype, zero, offload) in [
+        ("llama", "bf16", 1, "offload_optimizer"),
+        ("gpt2", "f32", 3, "offload_optimizer"),
+        ("llama", "f32", 3, "offload_weights"),
+        ("gpt2", "bf16", 3, "offload_weights"),
+    ] {
+        let layout = format!("zero = {zero}\n{offload} = {folder:?}");
+        let run = Run { family, dtype, device: "emulated", layout: "" };
+        let difference = run.train(1).difference(&Run { layout: &layout, ..run }.train(1));
+        assert!(difference.is_none(), "{family} {dtype}, {offload}: {}", difference.unwrap_or_default());
     }
 }
 

@@ -8,7 +8,7 @@ pub mod tensor;
 
 use crate::dtype::Dtype;
 use crate::shape::Shape;
-use anyhow::{Result, bail};
+use anyhow::Result;
 use cpu::Cpu;
 use gpu::Gpu;
 use gpu::cuda::Cuda;
@@ -39,8 +39,12 @@ pub enum Device {
 #[derive(Debug)]
 pub enum Shelf {
     Device,
-    /// None on a device without numbers.
-    File(Option<OffloadFile>),
+    File {
+        /// None on a device without numbers.
+        file: Option<OffloadFile>,
+        /// Whose tensors they are: this device where it is the host, else the host beside it.
+        host: Device,
+    },
 }
 
 impl Device {
@@ -129,30 +133,30 @@ impl Device {
         tensor
     }
 
-    /// A place for tensors of `sizes` bytes: the device's memory, or a file in `folder`.
+    /// A place for tensors of `sizes` bytes: the device's memory, or a file in `folder`, which the host maps.
     pub fn shelf(&self, folder: Option<&Path>, sizes: impl IntoIterator<Item = usize>) -> Result<Shelf> {
-        match (self, folder) {
-            (_, None) => Ok(Shelf::Device),
-            (Device::Dry(_), Some(_)) => Ok(Shelf::File(None)),
-            (Device::Gpu(_), Some(_)) => {
-                bail!("state is offloaded to files on a cpu only: leave out offload, or set device.kind = \"cpu\"")
-            }
-            (Device::Cpu(_), Some(folder)) => {
-                let bytes = sizes.into_iter().map(mapped::bytes_taken).sum();
-                Ok(Shelf::File(Some(OffloadFile::create(folder, bytes)?)))
-            }
-        }
+        let Some(folder) = folder else { return Ok(Shelf::Device) };
+        let host = match self {
+            Device::Cpu(_) => self.clone(),
+            Device::Gpu(_) => Device::cpu(std::thread::available_parallelism().map_or(1, usize::from)),
+            Device::Dry(_) if self.is_gpu() => Device::dry(),
+            Device::Dry(_) => self.clone(),
+        };
+        let bytes = sizes.into_iter().map(mapped::bytes_taken).sum();
+        let file = if matches!(host, Device::Dry(_)) { None } else { Some(OffloadFile::create(folder, bytes)?) };
+        Ok(Shelf::File { file, host })
     }
 
     /// Zeros in the place that `shelf` is.
     pub fn zeros_on(&self, shelf: &mut Shelf, shape: impl Into<Shape>, dtype: Dtype) -> Result<Tensor> {
         let shape = shape.into();
         let bytes = shape.numel() * dtype.bytes();
-        let file = match shelf {
+        let (file, host) = match shelf {
             Shelf::Device => return Ok(self.zeros(shape, dtype)),
-            Shelf::File(file) => file.as_mut().map(|file| file.take(bytes)).transpose()?,
+            Shelf::File { file, host } => (file.as_mut().map(|file| file.take(bytes)).transpose()?, host.clone()),
         };
         // A new file reads as zeros.
-        Ok(Tensor::from_parts(self.clone(), Memory::adopt(self.memory(), file, bytes), shape, dtype))
+        let buffer = Memory::adopt(host.memory(), file, bytes);
+        Ok(Tensor::from_parts(host, buffer, shape, dtype))
     }
 }

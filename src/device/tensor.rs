@@ -263,21 +263,23 @@ impl<'a> ViewMut<'a> {
         }
     }
 
-    /// Copies `source`, which has the same number of elements of the same dtype.
+    /// Copies `source`, which has the same number of elements of the same dtype, and may lie on another device.
     pub fn copy_from(self, source: View<'_>) {
         assert_eq!(self.dtype, source.dtype, "a copy does not convert");
         assert_eq!(self.shape.numel(), source.shape.numel(), "copy {} into {}", source.shape, self.shape);
-        match self.device {
-            Device::Cpu(_) => {
-                let size = self.dtype.bytes();
-                let from = source.start * size..(source.start + source.shape.numel()) * size;
-                let to = self.start * size..(self.start + self.shape.numel()) * size;
-                self.buffer.bytes_mut()[to].copy_from_slice(&source.buffer.bytes()[from]);
+        let size = self.dtype.bytes();
+        let from = source.start * size..(source.start + source.shape.numel()) * size;
+        let to = self.start * size..(self.start + self.shape.numel()) * size;
+        match (self.device, source.device) {
+            (Device::Cpu(_), Device::Cpu(_)) => self.buffer.bytes_mut()[to].copy_from_slice(&source.buffer.bytes()[from]),
+            (Device::Cpu(_), Device::Gpu(_)) => source.read_from_gpu(&mut self.buffer.bytes_mut()[to]),
+            (Device::Gpu(gpu), Device::Cpu(_)) => {
+                gpu.queue().run(|driver| driver.upload(Stream::Compute, self.address(), &source.buffer.bytes()[from]));
             }
-            Device::Gpu(gpu) => {
+            (Device::Gpu(gpu), Device::Gpu(_)) => {
                 gpu.queue().run(|driver| driver.copy(Stream::Compute, self.address(), source.address(), source.bytes()));
             }
-            Device::Dry(_) => {}
+            (Device::Dry(_), _) | (_, Device::Dry(_)) => {}
         }
     }
 }

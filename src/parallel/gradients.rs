@@ -94,6 +94,10 @@ impl Gradients {
         }
     }
 
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
     /// Buffers to add a micro-batch's gradients to.
     pub fn adding<'a>(&'a mut self, rules: &Rules, layout: &'a UnitLayout) -> Result<Grads<'a>> {
         assert!(!self.complete, "a gradient arrives after the step's sum is complete");

@@ -2,10 +2,11 @@
 //!
 //! Invariant: a unit's slice is updated by the one rank of the shard group that owns it, from the same gradient on every layout.
 
-use crate::device::tensor::Tensor;
+use crate::device::tensor::{Tensor, View};
 use crate::device::{Device, Shelf};
 use crate::dtype::Dtype;
 use crate::ops::adamw::{self, Adam, Rounding};
+use crate::ops::elementwise;
 use crate::parallel::flat::Weights;
 use crate::parallel::gradients::{Gradients, Rules};
 use crate::parallel::weights::{Gathered, WeightBuffer};
@@ -67,6 +68,13 @@ pub fn units(device: &Device, rules: &Rules, plan: &Plan, rank: &RankPlan) -> Re
     units.map(|((_, layout), tie)| UnitState::new(rules, plan, layout.clone(), tie, &mut home)).collect()
 }
 
+/// A copy of `x` on `device`.
+fn copied(device: &Device, x: View<'_>) -> Tensor {
+    let mut copy = device.empty(x.shape(), x.dtype());
+    copy.view_mut().copy_from(x);
+    copy
+}
+
 /// The slice of a unit's flat buffer whose state this rank owns.
 fn slice(rules: &Rules, layout: &UnitLayout) -> Range<usize> {
     let (slices, index) = if rules.sliced { (rules.shard.size(), rules.shard.rank()) } else { (1, 0) };
@@ -118,16 +126,29 @@ impl UnitState {
         Weights::new(self.weights.whole(), &self.layout)
     }
 
+    /// Whether the weights of the slice lie on the host and the rest of its state on a GPU, or the other way round.
+    pub fn is_apart(&self) -> bool {
+        let on_host = |bytes_offloaded: usize| self.gradients.device().is_gpu() && bytes_offloaded > 0;
+        let [first, _] = self.moments.as_ref().expect("a unit with weights has moments");
+        on_host(first.bytes_offloaded()) != on_host(self.weights.bytes_offloaded())
+    }
+
+    /// The update is computed where the moments are. What lies elsewhere is copied there, and the new weights back.
     pub fn step(&mut self, adam: &Adam) {
+        let apart = self.is_apart();
         let UnitState { layout, mine, weights, master, moments, gradients, .. } = self;
         let [first, second] = moments.as_mut().expect("a unit with weights has moments");
+        let home = first.device().clone();
+        let moved = (gradients.device().is_gpu() && first.bytes_offloaded() > 0).then(|| copied(&home, gradients.mine()));
+        let gradient_here = moved.as_ref().map_or_else(|| gradients.mine(), Tensor::view);
+        let mut fresh = apart.then(|| copied(&home, weights.mine(mine)));
         for (range, decays) in layout.decay_ranges(mine.clone()) {
             let local = range.start - mine.start..range.end - mine.start;
             let shape = [range.len()];
             let adam = Adam { decay: if decays { adam.decay } else { 0.0 }, ..*adam };
-            let gradient = gradients.mine().part(local.clone(), shape);
+            let gradient = gradient_here.part(local.clone(), shape);
             let (m, v) = (first.view_mut().part(local.clone(), shape), second.view_mut().part(local.clone(), shape));
-            let weights = weights.mine_mut(mine).part(local.clone(), shape);
+            let weights = fresh.as_mut().map_or_else(|| weights.mine_mut(mine), Tensor::view_mut).part(local.clone(), shape);
             match master {
                 None => adamw::step(weights, m, v, gradient, &adam),
                 Some(master) => {
@@ -135,6 +156,22 @@ impl UnitState {
                     adamw::step_and_cast(p, m, v, gradient, weights, &adam, Rounding::Nearest);
                 }
             }
+        }
+        if let Some(fresh) = fresh {
+            weights.mine_mut(mine).copy_from(fresh.view());
+        }
+    }
+
+    /// The weights become the master weights, rounded.
+    pub fn take_master(&mut self) {
+        let apart = self.is_apart();
+        let UnitState { mine, weights, master: Some(master), .. } = self else { return };
+        if apart {
+            let mut rounded = master.device().empty(master.shape(), weights.mine(mine).dtype());
+            elementwise::cast(rounded.view_mut(), master.view());
+            weights.mine_mut(mine).copy_from(rounded.view());
+        } else {
+            elementwise::cast(weights.mine_mut(mine), master.view());
         }
     }
 

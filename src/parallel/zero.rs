@@ -250,10 +250,7 @@ impl Zero {
     /// After master weights, or the slices of weights, were written from outside: every rank gets what it must hold whole.
     pub(in crate::parallel) fn spread_weights(&mut self) -> Result<()> {
         for u in self.units.iter_mut().filter(|u| u.owns()) {
-            if let Some(master) = u.master.take() {
-                elementwise::cast(u.weights.mine_mut(&u.mine), master.view());
-                u.master = Some(master);
-            }
+            u.take_master();
             u.spread(&self.rules)?;
         }
         Ok(())

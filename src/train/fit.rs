@@ -4,7 +4,7 @@
 
 use crate::config::choice::Choice;
 use crate::config::source::Problem;
-use crate::config::{Config, DeviceKind, Offload, Recompute};
+use crate::config::{Config, Offload, Recompute};
 use crate::plan::Plan;
 use crate::train::forecast;
 use crate::train::rehearsal::Footprint;
@@ -90,10 +90,7 @@ fn settings(config: &Config, plan: &Plan) -> Vec<Setting> {
         ];
         stages[plan.zero..].iter().for_each(|(text, set)| offer(text, *set));
     }
-    // A rehearsal makes no file: any name will do. What a GPU has in its memory does not go to files.
-    if !matches!(config.device.kind, DeviceKind::Auto | DeviceKind::Cpu) {
-        return settings;
-    }
+    // A rehearsal makes no file: any name will do.
     if config.parallel.offload_optimizer == Offload::None {
         offer("parallel.offload_optimizer = \"<folder>\"", |config| {
             config.parallel.offload_optimizer = Offload::Folder(PathBuf::from("."))

@@ -5,7 +5,7 @@
 //! Invariant: all ranks of a run compute on the same kind of device, and within the same limit of memory.
 
 use crate::config::source::Problem;
-use crate::config::{Config, DeviceKind, Offload};
+use crate::config::{Config, DeviceKind};
 use crate::device::Device;
 use crate::device::gpu::cuda::context::Context;
 use crate::device::gpu::cuda::libraries::Search;
@@ -36,8 +36,6 @@ impl Hardware {
     pub fn find(config: &Config, identity: &Identity) -> Result<Hardware, Problem> {
         let threads = threads(config, identity);
         let gpu = || Context::find(&Search::new(&CudaPlaces::detect(&identity::environment())), identity.local_rank, identity.local_world);
-        let offloads =
-            [&config.parallel.offload_optimizer, &config.parallel.offload_weights].iter().any(|offload| **offload != Offload::None);
         match config.device.kind {
             DeviceKind::Cpu => Ok(Hardware::Cpu { threads, note: None }),
             DeviceKind::Emulated => Ok(Hardware::Emulated { threads }),
@@ -45,8 +43,6 @@ impl Hardware {
                 let message = format!("`device.kind` = \"cuda\", but {error:#}");
                 Problem::new("device.kind", message).help("device.kind = \"cpu\", or \"auto\" for a GPU only where there is one")
             }),
-            // Files take the place of a CPU's memory, not of a GPU's.
-            DeviceKind::Auto if offloads => Ok(Hardware::Cpu { threads, note: None }),
             DeviceKind::Auto => Ok(match gpu() {
                 Ok(found) => Hardware::Cuda(Box::new(found)),
                 // Most machines have no driver, and nothing is to be said of that.
