@@ -61,7 +61,7 @@ const COLUMNS: [&str; 13] = [
     "stored/element",
 ];
 
-/// A kernel and where it ran; its counts by column.
+/// A kernel and where it ran, or a line of it; its counts by column.
 type Rows = BTreeMap<String, [String; COLUMNS.len()]>;
 
 /// A shape at which ops run. The bytes of their kernels are told for each of `elements`.
@@ -276,13 +276,23 @@ fn count(dtype: Dtype) -> Rows {
         device.check().unwrap_or_else(|error| panic!("{} of {dtype}: {error:#}", case.shape));
         for (kernel, counters) in counted.take() {
             // A kernel of no dtype runs with every dtype, and where an op runs a kernel twice, one is like the other.
-            rows.entry(format!("{kernel} {}", case.shape)).or_insert_with(|| {
-                explained(&kernel, case.shape, &counters.total);
-                row(&counters.total, case.elements)
-            });
+            let key = format!("{kernel} {}", case.shape);
+            if rows.contains_key(&key) {
+                continue;
+            }
+            explained(&kernel, case.shape, &counters.total);
+            for ((file, line), counts) in counters.lines.iter().filter(|(_, counts)| is_less_than_ideal(counts)) {
+                rows.insert(format!("{key}:{file}:{line}"), row(counts, case.elements));
+            }
+            rows.insert(key, row(&counters.total, case.elements));
         }
     }
     rows
+}
+
+/// A line of a kernel with a bank conflict or a sector that is not full: it stands in the baseline by itself.
+fn is_less_than_ideal(counts: &Counts) -> bool {
+    counts.shared_wavefronts > counts.shared_wavefronts_ideal || counts.global_sectors > counts.global_sectors_ideal
 }
 
 /// What is less than ideal has a reason.
@@ -314,7 +324,8 @@ fn read(text: &str) -> Rows {
 fn written(rows: &Rows) -> String {
     let mut text = String::from(
         "# What each kernel counts at one small shape: instructions of warps by class, turns of shared memory's banks, sectors of 32 bytes of\n\
-         # global memory, and bytes of all lanes for each element of the shape. tests/counters.rs says how to write this file anew.\n",
+         # global memory, and bytes of all lanes for each element of the shape. Under a kernel stand the source lines that have bank conflicts or\n\
+         # sectors that are not full. tests/counters.rs says how to write this file anew.\n",
     );
     text += &format!("# kernel shape {}\n", COLUMNS.join(" "));
     for (key, counts) in rows {

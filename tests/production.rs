@@ -9,11 +9,12 @@ use ferrotron::device::Device;
 use ferrotron::device::gpu::driver::{Argument, Driver, Event, Gemm, Grid, Stream};
 use ferrotron::device::gpu::kernels::{self, Architecture};
 use ferrotron::device::tensor::{Tensor, View};
-use ferrotron::dtype::Dtype;
+use ferrotron::dtype::{Dtype, Element};
 use ferrotron::ops::adamw::{self, Adam, Rounding};
 use ferrotron::ops::attention::{self, Heads, Mask};
+use ferrotron::ops::exact::{LossTotal, SquareSum};
 use ferrotron::ops::{activation, cross_entropy, elementwise, embedding, norm, reduce, rope, select};
-use half::bf16;
+use half::{bf16, f16};
 use ptx_emulator::{Launch, Memory, Module, Options};
 use std::collections::HashMap;
 use std::path::PathBuf;
@@ -146,9 +147,21 @@ fn checked(device: &Device) {
 
 /// Rows of bf16: zeros but for the last, which is -1, 1, -1, 1, ...
 fn rows(device: &Device, n: usize, c: usize) -> Tensor {
-    let mut x = device.empty([n, c], Dtype::Bf16);
-    let last: Vec<bf16> = (0..c).map(|i| bf16::from_f32(if i % 2 == 0 { -1.0 } else { 1.0 })).collect();
-    x.view_mut().part((n - 1) * c..n * c, [c]).write(&last);
+    rows_of(device, Dtype::Bf16, n, c)
+}
+
+fn rows_of(device: &Device, dtype: Dtype, n: usize, c: usize) -> Tensor {
+    fn last<T: Element>(c: usize) -> Vec<T> {
+        (0..c).map(|i| T::from_f32(if i % 2 == 0 { -1.0 } else { 1.0 })).collect()
+    }
+    let mut x = device.empty([n, c], dtype);
+    let end = x.view_mut().part((n - 1) * c..n * c, [c]);
+    match dtype {
+        Dtype::F32 => end.write(&last::<f32>(c)),
+        Dtype::Bf16 => end.write(&last::<bf16>(c)),
+        Dtype::F16 => end.write(&last::<f16>(c)),
+        Dtype::U32 => panic!("no floats"),
+    }
     x
 }
 
@@ -315,24 +328,48 @@ fn adamw_of_long_slices() {
         let rounding = Rounding::Stochastic { seed: 1, first: 0 };
         adamw::step_and_cast(p.view_mut(), m.view_mut(), v.view_mut(), g.view(), weights.view_mut(), &adam, rounding);
         reached("parameters", p.view());
+        let mut p = device.empty([count], Dtype::F32);
+        adamw::step(p.view_mut(), m.view_mut(), v.view_mut(), g.view(), &adam);
+        reached("parameters of f32", p.view());
+    });
+}
+
+#[test]
+fn exact_sums_of_long_slices() {
+    sampled(Pick::Three, |device| {
+        let x = rows_of(device, Dtype::F32, N, C);
+        let mut squares = SquareSum::default();
+        squares.add([x.view()]);
+        checked(device);
+        assert!(squares.root() > 0.0, "the last of {} elements are not in the sum", N * C);
+        let mut losses = LossTotal::default();
+        // An odd number of them, which do not cancel.
+        losses.add(x.view().part(N * C - C..N * C - 1, [C - 1]));
+        checked(device);
+        assert_ne!(losses.sum().units, 0, "the last losses are not in the sum");
     });
 }
 
 /// Many short sequences: their keys and values are where their rows are.
 #[test]
 fn attention_of_many_sequences() {
-    sampled(Pick::Last, |device| {
-        let (t, heads) = (128, Heads { query: 32, kv: 8, dim: 128 });
-        let n = 8192 * t;
-        let qkv = rows(device, n, heads.columns());
-        let starts = device.empty([n], Dtype::U32);
-        let mask = Mask { t, starts: starts.view(), window: None };
-        let (o, lse) = attention::forward(qkv.view(), heads, mask);
-        reached("outputs", o.view());
-        let dout = rows(device, n, heads.query * heads.dim);
-        let dqkv = attention::backward(dout.view(), qkv.view(), o.view(), lse.view(), heads, mask);
-        reached("gradients", dqkv.view());
-    });
+    let narrow = [Dtype::Bf16, Dtype::F16].into_iter().flat_map(|dtype| [32, 64, 96, 128, 256].map(|dim| (dtype, dim)));
+    for (dtype, dim) in narrow.chain([64, 128, 256].map(|dim| (Dtype::F32, dim))) {
+        sampled(Pick::Last, |device| {
+            // One tile of queries is a sequence, so that the last block has the last rows.
+            let t = if dtype == Dtype::F32 { 16 } else { 128 };
+            let heads = Heads { query: 32, kv: 8, dim };
+            let n = (1 << 20) * (128 / dim).max(1);
+            let qkv = rows_of(device, dtype, n, heads.columns());
+            let starts = device.empty([n], Dtype::U32);
+            let mask = Mask { t, starts: starts.view(), window: None };
+            let (o, lse) = attention::forward(qkv.view(), heads, mask);
+            reached(&format!("outputs of {dtype} {dim}"), o.view());
+            let dout = rows_of(device, dtype, n, heads.query * heads.dim);
+            let dqkv = attention::backward(dout.view(), qkv.view(), o.view(), lse.view(), heads, mask);
+            reached(&format!("gradients of {dtype} {dim}"), dqkv.view());
+        });
+    }
 }
 
 /// One long sequence, of which a row sees few. The first block has the last rows of the first head.
