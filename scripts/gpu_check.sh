@@ -21,6 +21,12 @@ if [[ ! -e /dev/nvidiactl && ! -e /proc/driver/nvidia && ! -e /dev/dxg ]]; then
 fi
 tools=$PWD/target/gpu-check
 ferrotron=$tools/ferrotron
+for packed in "$tools"/*.gz; do
+  if [[ -f $packed && ! -x ${packed%.gz} ]]; then
+    gunzip -c "$packed" >"${packed%.gz}"
+    chmod +x "${packed%.gz}"
+  fi
+done
 [[ -x $ferrotron ]] || refuse "target/gpu-check has no programs: run scripts/gpu_prepare.sh, here or where Rust is, and bring the folder along"
 doctor=$("$ferrotron" doctor 2>&1)
 gpu=$(printf '%s\n' "$doctor" | sed -n 's/^gpu 0  *//p' | head -n 1)

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Builds what scripts/gpu_check.sh runs, and puts it into target/gpu-check: stripped, at most 40 MiB. Needs Rust and no GPU.
+# Builds what scripts/gpu_check.sh runs, and puts it into target/gpu-check: stripped and packed, at most 40 MiB. Needs Rust and no GPU.
 #
 #   scripts/gpu_prepare.sh                     here
 #   scripts/gpu_check.sh                       on the machine with the GPU, in a copy of this folder that has target/gpu-check
@@ -24,6 +24,7 @@ print(files[-1] if files else sys.exit(f"cargo has built no {sys.argv[1]}"))' "$
 done
 for program in "${programs[@]}"; do
   strip "$to/$program"
+  gzip -9 "$to/$program"
 done
 git rev-parse --short HEAD >"$to/commit" 2>/dev/null || echo unknown >"$to/commit"
 size=$(du -sm "$to" | cut -f1)
