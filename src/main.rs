@@ -59,7 +59,7 @@ enum Command {
     Checkpoint(CheckpointCommand),
     /// Sample text from a checkpoint or a Hugging Face folder
     Generate(GenerateArguments),
-    /// Measure every operation on this machine's processor, as a share of what it could do
+    /// Measure every operation on this machine's processor or GPU, as a share of what it could do
     Bench(BenchArguments),
     /// Tell what this machine has: processor, memory, driver, libraries, fabric, limits
     Doctor,

@@ -361,13 +361,13 @@ pub struct Log {
 /// `[device]`.
 #[derive(Clone, PartialEq, Debug, Serialize)]
 pub struct Device {
-    /// Default `auto`.
+    /// `auto`: GPUs where every rank has one, else the CPU; `emulated`: the GPU's kernels, on the CPU. Default `auto`.
     #[serde(serialize_with = "name")]
     pub kind: DeviceKind,
     /// Threads of one rank on the CPU; 0: all it may use. Default 0.
     pub threads: usize,
     /// Memory of one rank's device that a run may use, in bytes or as text such as "8GiB": a plan that needs more is refused, with
-    /// what would fit. Default: no limit.
+    /// what would fit. Default: on a GPU what is free there, else no limit.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub memory: Option<u64>,
 }
