@@ -9,6 +9,9 @@ use crate::dtype::{Dtype, Stored};
 use crate::shape::Shape;
 use std::ops::Range;
 
+/// Bytes that a thread clears at least, so that waking it pays.
+const BYTES_CLEARED: usize = 1 << 18;
+
 #[derive(Debug)]
 pub struct Tensor {
     device: Device,
@@ -238,9 +241,9 @@ impl<'a> ViewMut<'a> {
 
     pub fn fill_zero(self) {
         match self.device {
-            Device::Cpu(_) => {
+            Device::Cpu(cpu) => {
                 let bytes = self.start * self.dtype.bytes()..(self.start + self.shape.numel()) * self.dtype.bytes();
-                self.buffer.bytes_mut()[bytes].fill(0);
+                cpu.for_rows(&mut self.buffer.bytes_mut()[bytes], 1, BYTES_CLEARED, |_, bytes| bytes.fill(0));
             }
             Device::Gpu(gpu) => {
                 let bytes = self.view().bytes();

@@ -3,7 +3,8 @@
 //! In training the head runs forward and backward in one go, a piece of a sequence at a time: the logits of one piece are all that
 //! ever exist. `[rows, v]` logits become their own gradients in place.
 //!
-//! Invariant: a piece is `HEAD_ROWS` rows of one sequence counted from its start, so the sums do not depend on how sequences are grouped.
+//! Invariant: the gradient of the output matrix takes the sum of one sequence (of `HEAD_ROWS` rows of it, counted from its start) after
+//! the other, so the bits do not depend on how many sequences a piece has.
 
 use crate::device::tensor::{Tensor, View};
 use crate::dtype::Dtype;
@@ -11,9 +12,8 @@ use crate::model::norm::Norm;
 use crate::ops::{cross_entropy, matmul};
 use crate::parallel::flat::{Grads, ParamId, Weights};
 use crate::parallel::tensor_parallel::Region;
-use crate::plan::budget::HEAD_ROWS;
+use crate::plan::budget::head_pieces;
 use anyhow::Result;
-use std::ops::Range;
 use std::sync::Arc;
 
 pub struct Head {
@@ -40,7 +40,7 @@ impl Head {
     /// The loss of every row, f32 [n], and nothing else.
     pub fn losses(&self, w: Weights<'_>, normed: View<'_>, targets: View<'_>, t: usize) -> Result<Tensor> {
         let mut losses = normed.device().empty([normed.shape().rows()], Dtype::F32);
-        for rows in pieces(normed.shape().rows(), t) {
+        for rows in head_pieces(normed.shape().rows(), t) {
             let targets = targets.part(rows.clone(), [rows.len()]);
             let logits = self.logits(w, normed.rows(rows.clone()));
             let (_, sums) = self.sums(logits.view(), targets)?;
@@ -64,14 +64,14 @@ impl Head {
         let device = normed.device();
         let mut losses = device.empty([normed.shape().rows()], Dtype::F32);
         let mut dnormed = device.empty(normed.shape(), normed.dtype());
-        for rows in pieces(normed.shape().rows(), t) {
+        for rows in head_pieces(normed.shape().rows(), t) {
             let targets = targets.part(rows.clone(), [rows.len()]);
             let mut logits = self.logits(w, normed.rows(rows.clone()));
             let (max, sums) = self.sums(logits.view(), targets)?;
             let piece = cross_entropy::losses(sums.view(), targets);
             losses.view_mut().part(rows.clone(), [rows.len()]).copy_from(piece.view());
             cross_entropy::finish(logits.view_mut(), max.view(), sums.view(), targets, self.first, scale);
-            matmul::backward_weight(g.get(self.table), logits.view(), normed.rows(rows.clone()), rows.len());
+            matmul::backward_weight(g.matrices(&[self.table]), logits.view(), normed.rows(rows.clone()), t.min(rows.len()));
             let stacked = (logits.shape().columns(), self.width);
             let piece = self.region.column_parallel_backward(logits.view(), w.get(self.table), &[stacked]);
             dnormed.view_mut().rows(rows).copy_from(piece.view());
@@ -91,11 +91,4 @@ impl Head {
         let sums = self.region.sum(cross_entropy::sums(logits, max.view(), &parts, targets, self.first, self.width))?;
         Ok((max, sums))
     }
-}
-
-/// The rows of each piece, sequence after sequence.
-fn pieces(n: usize, t: usize) -> impl Iterator<Item = Range<usize>> {
-    (0..n / t).flat_map(move |sequence| {
-        (0..t.div_ceil(HEAD_ROWS)).map(move |piece| sequence * t + piece * HEAD_ROWS..sequence * t + ((piece + 1) * HEAD_ROWS).min(t))
-    })
 }

@@ -75,9 +75,23 @@ pub fn backward_input(dy: View<'_>, w: View<'_>) -> Tensor {
     dx
 }
 
+/// f32 that gradients are added to.
+pub struct Sum<'a> {
+    pub view: ViewMut<'a>,
+    /// Nothing was added yet: what stands there counts as zero, and need not be read.
+    pub fresh: bool,
+}
+
+impl<'a> From<ViewMut<'a>> for Sum<'a> {
+    fn from(view: ViewMut<'a>) -> Sum<'a> {
+        Sum { view, fresh: false }
+    }
+}
+
 /// dw[o, i] (f32) += dy[n, o]^T x[n, i]: the product of each sequence of `rows_per_sequence` rows, one after the other. The sum of a
 /// sequence is a chain over its rows, cut into blocks of `CHAIN_ROWS` rows that are added in order.
-pub fn backward_weight(dw: ViewMut<'_>, dy: View<'_>, x: View<'_>, rows_per_sequence: usize) {
+pub fn backward_weight<'a>(dw: impl Into<Sum<'a>>, dy: View<'_>, x: View<'_>, rows_per_sequence: usize) {
+    let Sum { view: mut dw, fresh } = dw.into();
     let ([n, o], [rows, i]) = (matrix(dy), matrix(x));
     assert_eq!(n, rows, "dy {} and x {} share the rows", dy.shape(), x.shape());
     assert_eq!(dy.dtype(), x.dtype(), "dy and x of one dtype");
@@ -87,9 +101,12 @@ pub fn backward_weight(dw: ViewMut<'_>, dy: View<'_>, x: View<'_>, rows_per_sequ
         Device::Cpu(cpu) => dispatch!(dy.dtype(), T => {
             let a = Operand { data: dy.slice::<T>(), stride: o, along: Along::X };
             let b = Operand { data: x.slice::<T>(), stride: i, along: Along::X };
-            gemm::accumulate(cpu, a, b, [o, i, n], &chains(n, rows_per_sequence), dw.into_slice());
+            gemm::accumulate(cpu, a, b, [o, i, n], &chains(n, rows_per_sequence), dw.into_slice(), fresh);
         }),
         Device::Gpu(gpu) => {
+            if fresh {
+                dw.again().fill_zero();
+            }
             for rows in chains(n, rows_per_sequence) {
                 gpu.gemm(&Gemm {
                     dtype: dy.dtype(),

@@ -3,7 +3,8 @@
 //! Invariant: a view made here is exactly the parameter's place in the layout; stacked parameters are neighbours without a gap.
 
 use crate::device::tensor::{Tensor, View, ViewMut};
-use crate::ops::{matmul, reduce};
+use crate::ops::matmul::{self, Sum};
+use crate::ops::reduce;
 use crate::plan::layout::{Place, UnitLayout};
 use crate::shape::Shape;
 use std::ops::Range;
@@ -23,11 +24,16 @@ pub struct Weights<'a> {
 pub struct Grads<'a> {
     flat: ViewMut<'a>,
     layout: &'a UnitLayout,
+    fresh: &'a mut Fresh,
     /// Where given, nothing is added now: the work is noted here.
     deferred: Option<&'a mut Vec<Deferred>>,
     /// Where given, the vectors of the stream are added up here, each virtual shard of the rows apart.
     stream: Option<StreamRows<'a>>,
 }
+
+/// The parameters, by id, whose gradients count as zero although something else stands there. What adds the first term may write
+/// instead: clearing the buffer would write all of it once more.
+pub type Fresh = Vec<bool>;
 
 /// `[chunks, length]` of each vector of the stream, one after the other.
 pub struct StreamRows<'a> {
@@ -57,9 +63,10 @@ impl<'a> Weights<'a> {
 }
 
 impl<'a> Grads<'a> {
-    pub fn new(flat: ViewMut<'a>, layout: &'a UnitLayout) -> Grads<'a> {
+    pub fn new(flat: ViewMut<'a>, layout: &'a UnitLayout, fresh: &'a mut Fresh) -> Grads<'a> {
         assert_eq!(flat.shape().numel(), layout.numel, "gradients of another layout");
-        Grads { flat, layout, deferred: None, stream: None }
+        assert_eq!(fresh.len(), layout.places.len(), "parameters of another layout");
+        Grads { flat, layout, fresh, deferred: None, stream: None }
     }
 
     pub fn with_stream(self, stream: StreamRows<'a>) -> Grads<'a> {
@@ -82,7 +89,7 @@ impl<'a> Grads<'a> {
     /// Stacked matrices w [o, i]: dw += dy^T x, with dy [n, o] and x [n, i]. `t`: rows of one sequence.
     pub fn add_matrices(&mut self, ids: &[ParamId], dy: &Arc<Tensor>, x: &Arc<Tensor>, t: usize) {
         let (ids, dy, x) = (ids.to_vec(), dy.clone(), x.clone());
-        self.add(move |g| matmul::backward_weight(g.stack(&ids), dy.view(), x.view(), t));
+        self.add(move |g| matmul::backward_weight(g.matrices(&ids), dy.view(), x.view(), t));
     }
 
     /// A bias of the stream: db += the sum of the rows of dy [n, o].
@@ -98,13 +105,37 @@ impl<'a> Grads<'a> {
     }
 
     pub fn get(&mut self, id: ParamId) -> ViewMut<'_> {
+        self.clear(&[id]);
         let place = &self.layout.places[id];
         self.flat.again().part(place.flat.clone(), Shape::new(&place.dims))
     }
 
-    pub fn stack(&mut self, ids: &[ParamId]) -> ViewMut<'_> {
+    /// Stacked matrices, for what can begin a sum.
+    pub fn matrices(&mut self, ids: &[ParamId]) -> Sum<'_> {
+        let fresh = ids.iter().all(|&id| self.fresh[id]);
+        if fresh {
+            ids.iter().for_each(|&id| self.fresh[id] = false);
+        } else {
+            self.clear(ids);
+        }
         let (range, shape) = stacked(self.layout, ids);
-        self.flat.again().part(range, shape)
+        Sum { view: self.flat.again().part(range, shape), fresh }
+    }
+
+    /// Gradients that count as zero become zero.
+    fn clear(&mut self, ids: &[ParamId]) {
+        for &id in ids {
+            if std::mem::take(&mut self.fresh[id]) {
+                let flat = self.layout.places[id].flat.clone();
+                let length = flat.len();
+                self.flat.again().part(flat, [length]).fill_zero();
+            }
+        }
+    }
+
+    /// No gradient is fresh any more: the buffer holds what it stands for.
+    pub fn settle(mut self) {
+        self.clear(&(0..self.fresh.len()).collect::<Vec<_>>());
     }
 
     /// The gradient of a vector that all tensor-parallel ranks hold and that is a sum over rows of the stream: `[chunks, c]`, a row
@@ -112,6 +143,9 @@ impl<'a> Grads<'a> {
     pub fn stream(&mut self, id: ParamId) -> ViewMut<'_> {
         let place = &self.layout.places[id];
         let length = place.flat.len();
+        if self.stream.is_none() {
+            self.clear(&[id]);
+        }
         match &mut self.stream {
             None => self.flat.again().part(place.flat.clone(), [1, length]),
             Some(StreamRows { flat, chunks }) => {
@@ -124,6 +158,7 @@ impl<'a> Grads<'a> {
 
     /// The gradient of stacked vectors that are cut over tensor parallelism, sums over all rows: `[1, o_tp]`.
     pub fn columns(&mut self, ids: &[ParamId]) -> ViewMut<'_> {
+        self.clear(ids);
         let (range, shape) = stacked(self.layout, ids);
         self.flat.again().part(range, [1, shape.numel()])
     }

@@ -18,7 +18,7 @@ use crate::device::tensor::{Tensor, View, ViewMut};
 use crate::dtype::Dtype;
 use crate::ops::{elementwise, reduce};
 use crate::parallel::copies;
-use crate::parallel::flat::{Grads, StreamRows};
+use crate::parallel::flat::{Fresh, Grads, StreamRows};
 use crate::plan::Order;
 use crate::plan::layout::UnitLayout;
 use anyhow::Result;
@@ -52,6 +52,8 @@ pub struct Gradients {
     mine: Range<usize>,
     /// Of the lane, or micro-batch, that is being added: the flat buffer, and `[chunks, length]` of each vector of the stream.
     sum: Option<Tensor>,
+    /// What of `sum` counts as zero.
+    fresh: Fresh,
     stream: Option<Tensor>,
     /// Sums of subtrees of this rank's lanes, with their height.
     lanes: Vec<(usize, Tensor)>,
@@ -79,12 +81,13 @@ impl Rules {
 
 impl Gradients {
     pub fn new(device: &Device, rules: &Rules, layout: &UnitLayout, mine: Range<usize>) -> Gradients {
-        let sum = rules.keep.then(|| device.zeros([layout.numel], Dtype::F32));
+        let sum = rules.keep.then(|| cleared(device, layout));
         Gradients {
             device: device.clone(),
             numel: layout.numel,
             mine,
             sum,
+            fresh: vec![true; layout.places.len()],
             stream: None,
             lanes: Vec::new(),
             reducing: None,
@@ -106,8 +109,8 @@ impl Gradients {
             self.take_reduction()?;
         }
         let device = &self.device;
-        let sum = self.sum.get_or_insert_with(|| device.zeros([layout.numel], Dtype::F32));
-        let grads = Grads::new(sum.view_mut(), layout);
+        let sum = self.sum.get_or_insert_with(|| cleared(device, layout));
+        let grads = Grads::new(sum.view_mut(), layout, &mut self.fresh);
         if !uses_stream(rules) || layout.stream_length() == 0 {
             return Ok(grads);
         }
@@ -118,6 +121,11 @@ impl Gradients {
 
     /// The buffers now hold all of one lane (or, in the order of rows, one micro-batch of it).
     pub fn end_lane(&mut self, rules: &Rules, layout: &UnitLayout) -> Result<()> {
+        if let Some(sum) = &mut self.sum {
+            Grads::new(sum.view_mut(), layout, &mut self.fresh).settle();
+            // The next lane begins anew.
+            self.fresh.fill(true);
+        }
         if let Some(stream) = self.stream.take() {
             let sum = self.sum.as_mut().expect("the stream is part of a sum");
             fold_stream(sum, stream, rules, layout)?;
@@ -181,9 +189,8 @@ impl Gradients {
         self.complete = false;
         self.total_start = 0;
         let total = self.total.take();
-        if let (true, Some(mut whole)) = (rules.keep, total) {
-            whole.view_mut().fill_zero();
-            self.sum = Some(whole);
+        if rules.keep {
+            self.sum = total;
         }
     }
 
@@ -239,6 +246,13 @@ impl Gradients {
         }
         Ok(())
     }
+}
+
+/// A buffer in which all gradients are fresh. Only its padding is written: a sum of buffers is to have zeros there, too.
+fn cleared(device: &Device, layout: &UnitLayout) -> Tensor {
+    let mut sum = device.empty([layout.numel], Dtype::F32);
+    sum.view_mut().part(layout.used..layout.numel, [layout.numel - layout.used]).fill_zero();
+    sum
 }
 
 /// Whether vectors of the stream are added up apart from the flat buffer.

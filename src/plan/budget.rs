@@ -14,6 +14,16 @@ use std::ops::Range;
 /// Rows of the head whose logits exist at a time: enough to keep the matmuls busy, few enough to keep 128k-word vocabularies small.
 pub const HEAD_ROWS: usize = 1024;
 
+/// The pieces of `n` rows in sequences of `t` that the head takes at a time: `HEAD_ROWS` rows of a sequence from its start, or, where
+/// sequences are shorter, as many whole ones as fit. A small piece would read the output matrix, and add to its gradient, for few rows.
+pub fn head_pieces(n: usize, t: usize) -> impl Iterator<Item = Range<usize>> {
+    let together = (HEAD_ROWS / t).max(1) * t;
+    (0..n).step_by(together).flat_map(move |start| {
+        let end = n.min(start + together);
+        (start..end).step_by(HEAD_ROWS).map(move |first| first..end.min(first + HEAD_ROWS))
+    })
+}
+
 /// Floating-point operations of one token, forward and backward, a multiply-add as two. What recomputation adds is not counted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Flops {

@@ -7,7 +7,7 @@
 //! Invariant: what is said here is what the code of `parallel/` and `model/` does, to the byte; a test meters a rehearsal of it.
 
 use crate::config::Recompute;
-use crate::plan::budget::HEAD_ROWS;
+use crate::plan::budget::head_pieces;
 use crate::plan::catalog::Kind;
 use crate::plan::layout::UnitLayout;
 use crate::plan::schedule::{Action, Pass};
@@ -175,11 +175,10 @@ impl Edges<'_> {
 
     /// The logits of a piece of rows at a time, with maxima and sums over the vocabulary, f32 [rows] and [rows, 2].
     fn head(&self, tally: &mut Tally, passes: u64) {
-        let sequences = passes * self.plan.micro_batch as u64;
-        for first in (0..self.plan.t).step_by(HEAD_ROWS) {
-            let rows = (self.plan.t - first).min(HEAD_ROWS) as u64;
-            tally.all_reduce(self.tp, sequences, 4 * rows);
-            tally.all_reduce(self.tp, sequences, 8 * rows);
+        for piece in head_pieces(self.plan.micro_batch * self.plan.t, self.plan.t) {
+            let rows = piece.len() as u64;
+            tally.all_reduce(self.tp, passes, 4 * rows);
+            tally.all_reduce(self.tp, passes, 8 * rows);
         }
         self.enter_backward(tally, passes);
     }

@@ -51,6 +51,7 @@ impl Panels {
 struct Pass<'a> {
     /// Each is one chain, or a piece of the one chain of a `product`.
     pieces: &'a [Range<usize>],
+    /// Sums of an earlier pass, or those that are added to, are there.
     resume: bool,
     last: bool,
 }
@@ -125,7 +126,8 @@ pub fn product<T: Element>(
     }
 }
 
-/// out[m, n] += A[m, k] B[k, n]: one chain for each stretch of `segment` elements of K, added to `out` in order.
+/// out[m, n] += A[m, k] B[k, n]: one chain for each of `segments` of K, added to `out` in order. `fresh`: `out` counts as zero, and is
+/// not read.
 pub fn accumulate<T: Element>(
     cpu: &Cpu,
     a: Operand<'_, T>,
@@ -133,9 +135,13 @@ pub fn accumulate<T: Element>(
     [m, n, k]: [usize; 3],
     segments: &[Range<usize>],
     out: &mut [f32],
+    fresh: bool,
 ) {
     assert_eq!(out.len(), m * n, "an output of {m} x {n}");
     if m == 0 || n == 0 || k == 0 {
+        if fresh {
+            out.fill(0.0);
+        }
         return;
     }
     a.check(m, k);
@@ -143,6 +149,7 @@ pub fn accumulate<T: Element>(
     let micro = Micro::new(cpu.isa, T::DTYPE);
     let product = Product { isa: cpu.isa, micro, a, b, rows: m, columns: n, sink: Sink::Add { out: out.as_mut_ptr() } };
     let mut left = segments;
+    let mut resume = !fresh;
     while let Some(first) = left.first() {
         let mut units = micro.unit.count(first.len());
         assert!(units <= PASS_UNITS && first.end <= k, "a segment of {units} units that ends at {} of {k}", first.end);
@@ -154,8 +161,8 @@ pub fn accumulate<T: Element>(
             }
             taken += 1;
         }
-        product.run(cpu, &Pass { pieces: &left[..taken], resume: false, last: true });
-        left = &left[taken..];
+        product.run(cpu, &Pass { pieces: &left[..taken], resume, last: true });
+        (left, resume) = (&left[taken..], true);
     }
 }
 
@@ -287,7 +294,8 @@ impl<T: Element> Product<'_, T> {
             Sink::Write { .. } => None,
         };
         let sums = match self.sink {
-            Sink::Add { .. } => Sums::Add,
+            Sink::Add { .. } if pass.resume => Sums::Add,
+            Sink::Add { .. } => Sums::Begin,
             Sink::Write { .. } if pass.resume => Sums::Resume,
             Sink::Write { .. } => Sums::Store,
         };
@@ -302,7 +310,9 @@ impl<T: Element> Product<'_, T> {
                 Some(floats) if whole => self.chains(pass, a, vectors, Tile { c: floats.add(place), c_row: self.columns, ..at }),
                 Some(floats) => {
                     let far = floats.add(place);
-                    copy(far, self.columns, near, packed_width, a.rows.len(), columns.len());
+                    if pass.resume {
+                        copy(far, self.columns, near, packed_width, a.rows.len(), columns.len());
+                    }
                     self.chains(pass, a, vectors, at);
                     copy(near, packed_width, far, self.columns, a.rows.len(), columns.len());
                 }
@@ -332,6 +342,9 @@ impl<T: Element> Product<'_, T> {
             tile.units = self.micro.unit.count(piece.len());
             // SAFETY: what the caller vouches for; the processor has what `micro` needs, since it was made for this processor's `isa`.
             unsafe { self.micro.run(a.rows.len(), vectors, &tile) };
+            if tile.sums == Sums::Begin {
+                tile.sums = Sums::Add;
+            }
             tile.a = tile.a.wrapping_add(tile.units * tile.a_unit);
             tile.b = tile.b.wrapping_add(tile.units * vectors * self.micro.lanes);
         }

@@ -81,6 +81,8 @@ pub enum Sums {
     Resume,
     /// c = c + chain from zero.
     Add,
+    /// c = 0 + chain from zero: what `Add` makes of a zero, without reading it.
+    Begin,
 }
 
 /// One implementation of tiles.
@@ -233,7 +235,11 @@ unsafe fn tile<L: Lanes, const R: usize, const V: usize>(tile: &Tile) {
         for (row, sums) in sums.into_iter().enumerate() {
             for (vector, sum) in sums.into_iter().enumerate() {
                 let c = tile.c.add(row * tile.c_row + vector * L::WIDTH);
-                if tile.sums == Sums::Add { L::load(c).add(sum).store(c) } else { sum.store(c) }
+                match tile.sums {
+                    Sums::Store | Sums::Resume => sum.store(c),
+                    Sums::Add => L::load(c).add(sum).store(c),
+                    Sums::Begin => L::zero().add(sum).store(c),
+                }
             }
         }
     }

@@ -189,7 +189,7 @@ impl Emulated {
             [(&a, gemm.a), (&b, gemm.b)].map(|(data, operand)| pack::Operand { data, stride: operand.stride, along: along(operand.order) });
         if gemm.accumulate {
             let mut out = self.read::<f32>(gemm.out, m * n)?;
-            gemm::accumulate(&self.cpu, a, b, [m, n, k], std::slice::from_ref(&(0..k)), &mut out);
+            gemm::accumulate(&self.cpu, a, b, [m, n, k], std::slice::from_ref(&(0..k)), &mut out, false);
             return Ok(self.memory.write(gemm.out, bytemuck::cast_slice(&out))?);
         }
         let bias = gemm.bias.map(|bias| self.read::<T>(bias, n)).transpose()?;
