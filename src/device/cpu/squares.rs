@@ -7,6 +7,7 @@
 //! Invariant: the total of the table grows by exactly the sum of the squares; which entries it is spread over depends on the blocks.
 
 use crate::device::cpu::Isa;
+use crate::device::cpu::micro::prefetch;
 use crate::device::cpu::widest::widest;
 
 /// Entry e counts squares of the last place of numbers whose biased exponent is e: units of 2^(2 max(e, 1) - 300). What is added to the
@@ -89,6 +90,8 @@ fn sums<const N: usize>(block: &[f32], rounders: &[f64; N]) -> [[f64; LANES]; N]
     let mut sums = [[0f64; LANES]; N];
     let (chunks, rest) = block.as_chunks::<LANES>();
     for values in chunks {
+        // The next block comes while this one is computed.
+        prefetch(values.as_ptr().wrapping_add(BLOCK));
         add_squares(values, rounders, &mut sums);
     }
     let mut last = [0f32; LANES];
