@@ -262,11 +262,12 @@ impl<T: Element> Product<'_, T> {
             let start = |row| to[(row - rows.start) * units..].as_ptr().cast();
             self.tiles(&rows).map(|tile| Rows { at: start(tile.start), row: 4, unit: 4 * tile.len(), rows: tile, lowest }).collect()
         };
+        let mut near = [0f32; ROWS * COLUMNS];
         for panel in panels.clone() {
             let (columns, packed_width) = self.panel_columns(panel);
             let packed = &packed[(panel - panels.start) * slot..][..slot];
             for tile in &tiles {
-                self.tile(pass, tile, columns.clone(), packed_width, packed);
+                self.tile(pass, tile, columns.clone(), packed_width, packed, &mut near);
             }
         }
     }
@@ -283,7 +284,16 @@ impl<T: Element> Product<'_, T> {
         whole && unit.lies_in_memory(T::DTYPE) && self.a.along == Along::K
     }
 
-    fn tile(&self, pass: &Pass<'_>, a: &Rows, columns: Range<usize>, packed_width: usize, packed: &[u32]) {
+    /// `near`: room for the sums of one tile.
+    fn tile(
+        &self,
+        pass: &Pass<'_>,
+        a: &Rows,
+        columns: Range<usize>,
+        packed_width: usize,
+        packed: &[u32],
+        near: &mut [f32; ROWS * COLUMNS],
+    ) {
         let vectors = packed_width / self.micro.lanes;
         let whole = columns.len() == packed_width;
         let place = a.rows.start * self.columns + columns.start;
@@ -300,7 +310,6 @@ impl<T: Element> Product<'_, T> {
             Sink::Write { .. } => Sums::Store,
         };
         let lowest = a.lowest + packed[packed.len() - NOTE_UNITS];
-        let mut near = [0f32; ROWS * COLUMNS];
         let near: *mut f32 = near.as_mut_ptr();
         let at = Tile { units: 0, a: a.at, a_row: a.row, a_unit: a.unit, b: packed.as_ptr(), c: near, c_row: packed_width, sums, lowest };
         // SAFETY: packed panels and rows of A hold all units of the pass; C is written in the rows and columns of this tile only, which

@@ -183,7 +183,7 @@ pub fn pack_rows<T: Element>(
     match height {
         #[cfg(target_arch = "x86_64")]
         8 if across && unit == Unit::Pair && isa >= Isa::Avx512 => {
-            let pairs = ks.start..ks.end - ks.len() % 2;
+            let pairs = ks.start..ks.end - ks.len() % 4;
             // SAFETY: the processor has AVX-512.
             unsafe { across_pairs_avx512(panels, operand, whole.clone(), pairs.clone(), to) };
             let last = RowPanels { first: first + pairs.len() / 2, ..panels };

@@ -8,8 +8,8 @@ use crate::device::cpu::pack::{AHEAD, Operand, RowPanels};
 use crate::dtype::Element;
 use std::arch::x86_64::{
     __m512i, _mm256_loadu_si256, _mm512_cvtepu16_epi32, _mm512_maskz_loadu_epi32, _mm512_or_si512, _mm512_setzero_si512,
-    _mm512_shuffle_i32x4, _mm512_slli_epi32, _mm512_storeu_si512, _mm512_unpackhi_epi32, _mm512_unpackhi_epi64, _mm512_unpacklo_epi32,
-    _mm512_unpacklo_epi64,
+    _mm512_shuffle_i32x4, _mm512_shuffle_i64x2, _mm512_slli_epi32, _mm512_storeu_si512, _mm512_unpackhi_epi32, _mm512_unpackhi_epi64,
+    _mm512_unpacklo_epi32, _mm512_unpacklo_epi64,
 };
 use std::ops::Range;
 
@@ -95,17 +95,23 @@ fn transpose_block(rows: &mut [__m512i; 16]) {
 #[target_feature(enable = "avx512f")]
 pub unsafe fn interleave_avx512(even: &[u16], odd: &[u16], to: &mut [u32]) {
     assert!(to.len().is_multiple_of(16) && even.len() == to.len() && odd.len() == to.len(), "lines of one length");
-    for start in (0..to.len()).step_by(16) {
-        // SAFETY: sixteen elements from `start` on are inside all three slices.
-        unsafe {
-            let low = _mm512_cvtepu16_epi32(_mm256_loadu_si256(even.as_ptr().add(start).cast()));
-            let high = _mm512_cvtepu16_epi32(_mm256_loadu_si256(odd.as_ptr().add(start).cast()));
-            _mm512_storeu_si512(to.as_mut_ptr().add(start).cast(), _mm512_or_si512(low, _mm512_slli_epi32::<16>(high)));
-        }
+    for ((even, odd), to) in even.as_chunks().0.iter().zip(odd.as_chunks().0).zip(to.as_chunks_mut::<16>().0) {
+        // SAFETY: `to` has sixteen units; the processor has AVX-512.
+        unsafe { _mm512_storeu_si512(to.as_mut_ptr().cast(), joined(even, odd)) };
     }
 }
 
-/// `across_panels` for pairs of bf16 and panels of eight rows.
+/// Sixteen units of two lines of bf16.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn joined(even: &[u16; 16], odd: &[u16; 16]) -> __m512i {
+    // SAFETY: both lines have sixteen elements.
+    let [low, high] = [even, odd].map(|line| unsafe { _mm256_loadu_si256(line.as_ptr().cast()) });
+    _mm512_or_si512(_mm512_cvtepu16_epi32(low), _mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(high)))
+}
+
+/// `across_panels` for pairs of bf16 and panels of eight rows, of an even number of steps: two at a time, so that whole lines are
+/// written. The panels lie a power of two apart, and half-written lines of all of them would not fit into one set of the cache.
 ///
 /// # Safety
 /// The processor must have AVX-512.
@@ -117,34 +123,35 @@ pub unsafe fn across_pairs_avx512<T: Element>(
     ks: Range<usize>,
     to: &mut [u32],
 ) {
+    assert!(xs.len().is_multiple_of(8) && ks.len().is_multiple_of(4), "whole panels of {xs:?} and two steps each of {ks:?}");
     if xs.is_empty() {
         return;
     }
-    for (step, k) in ks.step_by(2).enumerate() {
-        let (even, odd) = (&operand.bits::<u16>(xs.start, k)[..xs.len()], &operand.bits::<u16>(xs.start, k + 1)[..xs.len()]);
-        for line in [even, odd] {
+    for (step, k) in ks.step_by(4).enumerate() {
+        let lines: [&[u16]; 4] = std::array::from_fn(|line| &operand.bits::<u16>(xs.start, k + line)[..xs.len()]);
+        for line in lines {
             let ahead = line.as_ptr().wrapping_add(AHEAD * operand.stride);
             for x in (0..xs.len()).step_by(32) {
                 prefetch(ahead.wrapping_add(x));
             }
         }
-        let mut place = (first + step) * 8;
-        let ((even, last_even), (odd, last_odd)) = (even.as_chunks::<16>(), odd.as_chunks::<16>());
-        for (even, odd) in even.iter().zip(odd) {
-            let mut units = [0u32; 16];
-            // SAFETY: the processor has AVX-512.
-            unsafe { interleave_avx512(even, odd, &mut units) };
-            let (low, high) = units.split_at(8);
-            to[place..][..8].copy_from_slice(low);
-            to[place + 8 * steps..][..8].copy_from_slice(high);
-            place += 16 * steps;
+        let mut place = (first + 2 * step) * 8;
+        let [a, b, c, d] = lines.map(|line| line.as_chunks::<16>());
+        for (((a, b), c), d) in a.0.iter().zip(b.0).zip(c.0).zip(d.0) {
+            let (one, two) = (joined(a, b), joined(c, d));
+            // The first eight units of both, and the last eight.
+            let lines = [_mm512_shuffle_i64x2::<0x44>(one, two), _mm512_shuffle_i64x2::<0xee>(one, two)];
+            for line in lines {
+                let to = &mut to[place..][..16];
+                // SAFETY: `to` has sixteen units.
+                unsafe { _mm512_storeu_si512(to.as_mut_ptr().cast(), line) };
+                place += 8 * steps;
+            }
         }
         // Eight rows, or none.
-        let places = place..place + last_even.len();
-        if !places.is_empty() {
-            for (to, (even, odd)) in to[places].iter_mut().zip(last_even.iter().zip(last_odd)) {
-                *to = *even as u32 | (*odd as u32) << 16;
-            }
+        for (x, (((a, b), c), d)) in a.1.iter().zip(b.1).zip(c.1).zip(d.1).enumerate() {
+            to[place + x] = *a as u32 | (*b as u32) << 16;
+            to[place + 8 + x] = *c as u32 | (*d as u32) << 16;
         }
     }
 }
