@@ -153,3 +153,12 @@ DEVICE uint32_t opaque(uint32_t x) {
 DEVICE void store_16_global(void* to, uint4 x) {
   asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w) : "memory");
 }
+
+// 2 bytes of shared memory.
+DEVICE void store_2_shared(uint32_t to, uint16_t x) { asm volatile("st.shared.b16 [%0], %1;" ::"r"(to), "h"(x) : "memory"); }
+
+DEVICE uint16_t load_2_shared(uint32_t from) {
+  uint16_t x;
+  asm volatile("ld.shared.b16 %0, [%1];" : "=h"(x) : "r"(from) : "memory");
+  return x;
+}

@@ -123,7 +123,7 @@ fn of_bytes(device: &Device, dtype: Dtype, bytes: &[u8]) -> Tensor {
 pub fn gpus() -> Vec<(String, Device)> {
     let folder = std::env::var_os("FERROTRON_PTX").map(PathBuf::from);
     let gpu = |seed, checked| {
-        let emulated = Emulated::new(seed, checked, 1);
+        let emulated = Emulated::new(seed, checked, 1).with_own_products();
         Device::gpu(Box::new(match &folder {
             Some(folder) => emulated.with_ptx_of(folder),
             None => emulated,

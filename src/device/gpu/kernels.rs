@@ -43,6 +43,7 @@ pub const SOURCES: &[Source] = sources![
     "embedding",
     "exact",
     "instructions",
+    "matmul",
     "norm",
     "reduce",
     "rope",

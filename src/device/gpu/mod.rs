@@ -9,6 +9,7 @@ pub mod cuda;
 pub mod driver;
 pub mod emulated;
 pub mod kernels;
+pub mod matmul;
 
 use crate::device::memory::Memory;
 use crate::dtype::Dtype;
