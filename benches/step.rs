@@ -34,6 +34,7 @@ use ferrotron::plan::Plan;
 use ferrotron::plan::budget::Flops;
 use ferrotron::plan::catalog;
 use ferrotron::rng::Stream;
+use ferrotron::train::hardware::Products;
 use ferrotron::train::rehearsal;
 use ferrotron::train::report::{short_bytes, short_count};
 use ferrotron::train::resume;
@@ -102,6 +103,9 @@ struct Options {
     /// cpu or cuda
     #[arg(long, default_value = "cpu", value_parser = ["cpu", "cuda"])]
     device: String,
+    /// Who does the products of cuda: auto, cublaslt or own
+    #[arg(long, default_value = "auto")]
+    matmul: String,
     /// One JSON object a line
     #[arg(long)]
     json: bool,
@@ -238,9 +242,10 @@ fn median(sorted: &[f64]) -> f64 {
 fn run(options: &Options, case: Case) -> Result<Measured> {
     let Case { keys, dtype, rows, time, ranks, threads, .. } = case;
     let text = format!(
-        "[model]\n{keys}\n[train]\nsteps = 1000\nseq_len = {time}\nglobal_batch_size = {rows}\nmicro_batch_size = {}\ndtype = \"{dtype}\"\n[device]\nkind = \"{}\"\n",
+        "[model]\n{keys}\n[train]\nsteps = 1000\nseq_len = {time}\nglobal_batch_size = {rows}\nmicro_batch_size = {}\ndtype = \"{dtype}\"\n[device]\nkind = \"{}\"\nmatmul = \"{}\"\n",
         rows / ranks,
-        options.device
+        options.device,
+        options.matmul
     );
     let config = Config::parse("the benchmark", &text, &[]).map_err(|problems| anyhow!("{problems}"))?.0;
     let plan = Plan::new(&config, ranks, None).map_err(|problems| anyhow!("{problems:?}"))?;
@@ -262,9 +267,10 @@ fn run(options: &Options, case: Case) -> Result<Measured> {
 /// With as much memory as a run of the plan takes.
 fn gpu(config: &Config, plan: &Plan, rank: usize, ranks: usize) -> Result<Device> {
     let search = Search::new(&CudaPlaces::detect(&identity::environment()));
-    let (context, found) = Gpu::find(&search, rank, ranks)?;
+    let context = Gpu::find(&search, rank, ranks)?;
+    let products = Products::find(config.device.matmul, &context, &search).map_err(|problem| anyhow!("{}", problem.message))?;
     let bytes = cuda::bytes_with_slack(rehearsal::rehearse(config, plan, rank)?.peak);
-    Device::cuda(context, found, bytes, "measure with fewer --rows".to_string())
+    Device::cuda(context, products.library.map(|found| *found), bytes, "measure with fewer --rows".to_string())
 }
 
 fn one_rank(

@@ -75,6 +75,10 @@ impl Driver for Sampled {
         "sampled GPU".to_string()
     }
 
+    fn products(&self) -> String {
+        "nobody".to_string()
+    }
+
     fn allocate(&self, bytes: usize) -> Result<u64> {
         self.memory.free(self.memory.allocate_sparse(HOLE))?;
         Ok(self.memory.allocate_sparse(bytes))

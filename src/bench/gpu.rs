@@ -39,11 +39,13 @@ const REACH: Reach = Reach { copied: 1 << 30, edge: 8192 };
 /// A line for each operation whose name and dtype have all of `words`, on the first GPU; as JSON, if so wanted.
 pub fn run(dtypes: &[Dtype], words: &[String], json: bool, out: &mut dyn Write) -> Result<()> {
     let search = Search::new(&CudaPlaces::detect(&identity::environment()));
-    let (context, found) = Context::find(&search, 0, 1)?;
+    let context = Context::find(&search, 0, 1)?;
+    // Without a library, the program's own products are all there are.
+    let library = context.products(&search).ok();
     let free = context.bytes_free()?;
     let (sizes, bytes) = if free >= LARGE + BESIDES { (Sizes::LARGE, LARGE) } else { (Sizes::SMALL, 4 << 30) };
     ensure!(free >= bytes + BESIDES, "{} has {} MiB free, and measuring takes {}", context.name(), free >> 20, (bytes + BESIDES) >> 20);
-    let device = Device::cuda(context, found, bytes, "measure fewer operations".to_string())?;
+    let device = Device::cuda(context, library, bytes, "measure fewer operations".to_string())?;
     measure_all(&device, sizes, REACH, dtypes, words, json, out)
 }
 
@@ -67,7 +69,7 @@ fn measure_all(
     let mut found = false;
     for &dtype in dtypes {
         let mut limits = Limits::new(device, reach, dtype)?;
-        for case in cases(device, sizes, dtype) {
+        for case in with_own_products(device, sizes, dtype) {
             let text = format!("{} {dtype}", case.name);
             if words.iter().all(|word| text.contains(word.as_str())) {
                 found = true;
@@ -83,6 +85,16 @@ fn measure_all(
     ensure!(found, "no operation has all of these words: {}", words.join(", "));
     Ok(())
 }
+
+/// All cases, those of products done by the device's library and by the program's own kernels.
+fn with_own_products(device: &Device, sizes: Sizes, dtype: Dtype) -> Vec<Case> {
+    let own = cases(&device.with_own_products(), sizes, dtype).into_iter().filter(|case| case.name.starts_with(PRODUCT));
+    let own = own.map(|case| Case { name: format!("own {}", case.name), ..case });
+    cases(device, sizes, dtype).into_iter().chain(own).collect()
+}
+
+/// How the names of products begin.
+const PRODUCT: &str = "matmul ";
 
 /// What the device gives at this moment. Holds the operands of its own measurements.
 pub struct Limits {
@@ -160,7 +172,7 @@ mod tests {
         let sizes = Sizes { sequences: 1, t: 8, c: 32, f: 8, heads, v: 24 };
         let device = Device::emulated(None, false, 1);
         for dtype in [Dtype::F32, Dtype::Bf16] {
-            for case in cases(&device, sizes, dtype) {
+            for case in with_own_products(&device, sizes, dtype) {
                 let name = case.name.clone();
                 (case.prepare)()();
                 device.check().unwrap_or_else(|error| panic!("{name} {dtype}: {error:#}"));

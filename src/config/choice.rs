@@ -2,7 +2,7 @@
 //!
 //! Invariant: one list per set of names serves reading, writing and messages, so they cannot disagree.
 
-use super::{DataOrder, DeviceKind, Family, Offload, OptimizerKind, Recompute, Resume, RopeType, ScheduleKind, SumOrder, WsdShape};
+use super::{DataOrder, DeviceKind, Family, Matmul, Offload, OptimizerKind, Recompute, Resume, RopeType, ScheduleKind, SumOrder, WsdShape};
 use crate::dtype::Dtype;
 use serde::{Serialize, Serializer};
 
@@ -81,6 +81,10 @@ impl Choice for ScheduleKind {
 
 impl Choice for WsdShape {
     const NAMES: &'static [(&'static str, WsdShape)] = &[("sqrt", WsdShape::Sqrt), ("linear", WsdShape::Linear)];
+}
+
+impl Choice for Matmul {
+    const NAMES: &'static [(&'static str, Matmul)] = &[("auto", Matmul::Auto), ("cublaslt", Matmul::Cublaslt), ("own", Matmul::Own)];
 }
 
 impl Choice for DeviceKind {

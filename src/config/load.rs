@@ -6,8 +6,8 @@
 use super::reader::{COUNT, DIM, Findings, Reader, SOME, nearest};
 use super::source::{Problem, Problems, Source};
 use super::{
-    Checkpoint, Config, Data, DataOrder, DataSource, Device, DeviceKind, Eval, Geometry, Log, Offload, Optimizer, OptimizerKind, Parallel,
-    Resume, Run, Schedule, ScheduleKind, SumOrder, WsdShape,
+    Checkpoint, Config, Data, DataOrder, DataSource, Device, DeviceKind, Eval, Geometry, Log, Matmul, Offload, Optimizer, OptimizerKind,
+    Parallel, Resume, Run, Schedule, ScheduleKind, SumOrder, WsdShape,
 };
 use super::{check, load_model, load_train};
 use std::path::{Path, PathBuf};
@@ -312,6 +312,7 @@ fn device(mut r: Reader) -> Device {
     let device = Device {
         kind: r.choice("kind").unwrap_or(DeviceKind::Auto),
         threads: r.whole("threads", 0..=1 << 16).unwrap_or(0),
+        matmul: r.choice("matmul").unwrap_or(Matmul::Auto),
         memory: memory(&mut r),
     };
     r.finish();

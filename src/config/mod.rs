@@ -366,6 +366,10 @@ pub struct Device {
     pub kind: DeviceKind,
     /// Threads of one rank on the CPU; 0: all it may use. Default 0.
     pub threads: usize,
+    /// Who does a GPU's matrix products. `auto`: cuBLASLt where every rank finds it, else ferrotron's own kernels (on an emulated GPU the
+    /// processor, which is faster); `cublaslt`, `own`: that and nothing else. Default `auto`.
+    #[serde(serialize_with = "name")]
+    pub matmul: Matmul,
     /// Memory of one rank's device that a run may use, in bytes or as text such as "8GiB": a plan that needs more is refused, with
     /// what would fit. Default: on a GPU what is free there, else no limit.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -378,6 +382,13 @@ pub enum DeviceKind {
     Cpu,
     Cuda,
     Emulated,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Matmul {
+    Auto,
+    Cublaslt,
+    Own,
 }
 
 fn is_zero(value: &f64) -> bool {

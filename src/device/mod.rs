@@ -62,9 +62,19 @@ impl Device {
         Device::Gpu(Arc::new(Gpu::new(driver)))
     }
 
-    /// A real GPU, with `bytes` of its memory; `help`: what to do where they run out.
-    pub fn cuda(context: Context, found: Found, bytes: usize, help: String) -> Result<Device> {
-        Ok(Device::Gpu(Arc::new(Gpu::new(Box::new(Cuda::new(context, found, bytes, help)?)))))
+    /// A real GPU, with `bytes` of its memory; `help`: what to do where they run out. Without a library, products are kernels of our own.
+    pub fn cuda(context: Context, library: Option<Found>, bytes: usize, help: String) -> Result<Device> {
+        let own = library.is_none();
+        let device = Device::gpu(Box::new(Cuda::new(context, library, bytes, help)?));
+        Ok(if own { device.with_own_products() } else { device })
+    }
+
+    /// The same device, where on a GPU matrix products are kernels of the program's own.
+    pub fn with_own_products(&self) -> Device {
+        match self {
+            Device::Gpu(gpu) => Device::Gpu(Arc::new(gpu.with_own_products())),
+            Device::Cpu(_) | Device::Dry(_) => self.clone(),
+        }
     }
 
     /// A device that only counts what the CPU would take.

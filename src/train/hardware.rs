@@ -5,7 +5,7 @@
 //! Invariant: all ranks of a run compute on the same kind of device, and within the same limit of memory.
 
 use crate::config::source::Problem;
-use crate::config::{Config, DeviceKind};
+use crate::config::{Config, DeviceKind, Matmul};
 use crate::device::Device;
 use crate::device::gpu::cuda::context::Context;
 use crate::device::gpu::cuda::libraries::Search;
@@ -14,6 +14,7 @@ use crate::device::gpu::cuda::{self, probe};
 use crate::launch::identity::{self, CudaPlaces, Identity};
 use crate::plan::Plan;
 use crate::train::fit::{self, Limit};
+use crate::train::promise;
 use crate::train::rehearsal;
 use crate::train::report::short_bytes;
 use crate::train::team::Team;
@@ -28,36 +29,64 @@ pub enum Hardware {
     Emulated {
         threads: usize,
     },
-    Cuda(Box<(Context, Found)>),
+    Cuda {
+        context: Box<Context>,
+        products: Products,
+    },
+}
+
+/// Who does a GPU's matrix products: its library, or else ferrotron's own kernels.
+#[derive(Default)]
+pub struct Products {
+    pub library: Option<Box<Found>>,
+    /// Why there is no library, where one was looked for.
+    pub note: Option<String>,
 }
 
 impl Hardware {
     /// Of this rank.
     pub fn find(config: &Config, identity: &Identity) -> Result<Hardware, Problem> {
         let threads = threads(config, identity);
-        let gpu = || Context::find(&Search::new(&CudaPlaces::detect(&identity::environment())), identity.local_rank, identity.local_world);
+        let search = Search::new(&CudaPlaces::detect(&identity::environment()));
+        let gpu = || Context::find(&search, identity.local_rank, identity.local_world);
+        let with_products = |context: Context| {
+            let products = Products::find(config.device.matmul, &context, &search)?;
+            Ok(Hardware::Cuda { context: Box::new(context), products })
+        };
         match config.device.kind {
             DeviceKind::Cpu => Ok(Hardware::Cpu { threads, note: None }),
+            DeviceKind::Emulated if config.device.matmul == Matmul::Cublaslt => {
+                let message = "`device.matmul` = \"cublaslt\", but an emulated GPU has no library";
+                Err(Problem::new("device.matmul", message).help("\"own\" for ferrotron's own kernels, \"auto\" for the processor"))
+            }
             DeviceKind::Emulated => Ok(Hardware::Emulated { threads }),
-            DeviceKind::Cuda => gpu().map(|found| Hardware::Cuda(Box::new(found))).map_err(|error| {
-                let message = format!("`device.kind` = \"cuda\", but {error:#}");
-                Problem::new("device.kind", message).help("device.kind = \"cpu\", or \"auto\" for a GPU only where there is one")
-            }),
-            DeviceKind::Auto => Ok(match gpu() {
-                Ok(found) => Hardware::Cuda(Box::new(found)),
+            DeviceKind::Cuda => match gpu() {
+                Ok(context) => with_products(context),
+                Err(error) => {
+                    let message = format!("`device.kind` = \"cuda\", but {error:#}");
+                    Err(Problem::new("device.kind", message).help("device.kind = \"cpu\", or \"auto\" for a GPU only where there is one"))
+                }
+            },
+            DeviceKind::Auto => match gpu() {
+                Ok(context) => with_products(context),
                 // Most machines have no driver, and nothing is to be said of that.
-                Err(error) => Hardware::Cpu { threads, note: probe::is_installed().then(|| format!("no GPU is used: {error:#}")) },
-            }),
+                Err(error) => Ok(Hardware::Cpu { threads, note: probe::is_installed().then(|| format!("no GPU is used: {error:#}")) }),
+            },
         }
     }
 
-    /// A GPU where every rank of the `team` has one; otherwise no rank uses one that it found by itself.
+    /// A GPU where every rank of the `team` has one; otherwise no rank uses one that it found by itself. Likewise with a GPU's library.
     pub fn agreed(self, config: &Config, identity: &Identity, team: &Team) -> Result<Hardware> {
-        if config.device.kind != DeviceKind::Auto || team.least(matches!(self, Hardware::Cuda(_)) as u64)? == 1 {
-            return Ok(self);
+        if config.device.kind != DeviceKind::Auto || team.least(matches!(self, Hardware::Cuda { .. }) as u64)? == 1 {
+            return match self {
+                Hardware::Cuda { context, products } if config.device.matmul == Matmul::Auto => {
+                    Ok(Hardware::Cuda { context, products: products.agreed(team)? })
+                }
+                other => Ok(other),
+            };
         }
         Ok(match self {
-            Hardware::Cuda(_) => {
+            Hardware::Cuda { .. } => {
                 let note = Some("no GPU is used: there are ranks that have none".to_string());
                 Hardware::Cpu { threads: threads(config, identity), note }
             }
@@ -71,20 +100,25 @@ impl Hardware {
         config.device.kind = match self {
             Hardware::Cpu { .. } => DeviceKind::Cpu,
             Hardware::Emulated { .. } => DeviceKind::Emulated,
-            Hardware::Cuda(_) => DeviceKind::Cuda,
+            Hardware::Cuda { products, .. } => {
+                config.device.matmul = if products.library.is_some() { Matmul::Cublaslt } else { Matmul::Own };
+                DeviceKind::Cuda
+            }
         };
         config
     }
 
     pub fn note(&self) -> Option<&str> {
-        if let Hardware::Cpu { note, .. } = self { note.as_deref() } else { None }
+        match self {
+            Hardware::Cpu { note, .. } | Hardware::Cuda { products: Products { note, .. }, .. } => note.as_deref(),
+            Hardware::Emulated { .. } => None,
+        }
     }
 
     /// How much of its device's memory a rank may use: what the configuration says, and of a GPU no more than is free for each rank.
     pub fn limit(&self, config: &Config, team: &Team) -> Result<Option<Limit>> {
         let configured = Limit::configured(config);
-        let Hardware::Cuda(found) = self else { return Ok(configured) };
-        let context = &found.0;
+        let Hardware::Cuda { context, .. } = self else { return Ok(configured) };
         // Asked of all at the same time, when all have opened their GPUs and nobody has taken memory for its run.
         team.least(0)?;
         let free = context.bytes_free()? / context.sharing();
@@ -97,17 +131,54 @@ impl Hardware {
     pub fn device(self, config: &Config, plan: &Plan, rank: usize, limit: Option<&Limit>) -> Result<Device> {
         Ok(match self {
             Hardware::Cpu { threads, .. } => Device::cpu(threads),
-            Hardware::Emulated { threads } => Device::emulated(None, false, threads),
-            Hardware::Cuda(found) => {
-                let (context, found) = *found;
+            Hardware::Emulated { threads } => {
+                let device = Device::emulated(None, false, threads);
+                if config.device.matmul == Matmul::Own { device.with_own_products() } else { device }
+            }
+            Hardware::Cuda { context, products: Products { library, .. } } => {
                 let name = context.name();
                 let bytes = cuda::bytes_with_slack(rehearsal::rehearse(config, plan, rank)?.peak);
                 let bytes = limit.map_or(bytes, |limit| bytes.min(limit.bytes as usize));
-                Device::cuda(context, found, bytes, fit::help(config, plan)).context(name)?
+                let by_library = library.is_some();
+                let device = Device::cuda(*context, library.map(|found| *found), bytes, fit::help(config, plan)).context(name)?;
+                if by_library {
+                    promise::check(&device, plan.dtype)?;
+                }
+                device
             }
         })
     }
 }
+
+impl Products {
+    /// What `wish` means on this GPU.
+    pub fn find(wish: Matmul, context: &Context, search: &Search) -> Result<Products, Problem> {
+        let found = match wish {
+            Matmul::Own => return Ok(Products::default()),
+            Matmul::Auto | Matmul::Cublaslt => context.products(search),
+        };
+        match (found, wish) {
+            (Ok(found), _) => Ok(Products { library: Some(Box::new(found)), note: None }),
+            (Err(error), Matmul::Cublaslt) => {
+                let message = format!("`device.matmul` = \"cublaslt\", but {error:#}");
+                Err(Problem::new("device.matmul", message)
+                    .help("device.matmul = \"own\" needs no library; \"auto\" uses one where there is one"))
+            }
+            (Err(error), _) => Ok(Products { library: None, note: Some(format!("{OWN}: {error:#}")) }),
+        }
+    }
+
+    /// A library where every rank has one.
+    fn agreed(self, team: &Team) -> Result<Products> {
+        let all = team.least(self.library.is_some() as u64)? == 1;
+        if all || self.library.is_none() {
+            return Ok(self);
+        }
+        Ok(Products { library: None, note: Some(format!("{OWN}: there are ranks that have no cuBLASLt")) })
+    }
+}
+
+const OWN: &str = "matrix products are done by ferrotron's own kernels";
 
 fn threads(config: &Config, identity: &Identity) -> usize {
     let available = std::thread::available_parallelism().map_or(1, usize::from);

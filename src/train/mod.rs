@@ -8,6 +8,7 @@ pub mod generate;
 pub mod hardware;
 pub mod learning_rate;
 pub mod loss_scale;
+pub mod promise;
 pub mod rehearsal;
 pub mod report;
 pub mod resume;

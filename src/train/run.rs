@@ -95,6 +95,9 @@ fn run_rank(config: &Config, identity: &Identity) -> Result<Ending, Failure> {
         };
         let reporter = Reporter::new(&config.run.dir, identity.rank, report_facts(config, &trainer.plan, writer.incarnation(), peak))?;
         reporter.say(&headline(config, &trainer.plan, &device.name()));
+        if let Device::Gpu(gpu) = &device {
+            reporter.say(&format!("matrix products by {}", gpu.products()));
+        }
         notes.iter().chain(&note).for_each(|note| reporter.say(note));
         let loader = team.first_rank_first(|| corpora::training(config, &trainer))?;
         let validation = team.first_rank_first(|| corpora::validation(config, &trainer))?;

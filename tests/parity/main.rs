@@ -119,19 +119,20 @@ fn of_bytes(device: &Device, dtype: Dtype, bytes: &[u8]) -> Tensor {
     }
 }
 
-/// GPUs, and how each orders its threads. FERROTRON_PTX names a folder of kernels to be tested instead of the program's own.
+/// GPUs, and how each orders its threads; products are the program's own. FERROTRON_PTX names a folder of kernels to be tested instead of the program's own.
 pub fn gpus() -> Vec<(String, Device)> {
     let folder = std::env::var_os("FERROTRON_PTX").map(PathBuf::from);
     let gpu = |seed, checked| {
-        let emulated = Emulated::new(seed, checked, 1).with_own_products();
-        Device::gpu(Box::new(match &folder {
+        let emulated = Emulated::new(seed, checked, 1);
+        let emulated = match &folder {
             Some(folder) => emulated.with_ptx_of(folder),
             None => emulated,
-        }))
+        };
+        Device::gpu(Box::new(emulated)).with_own_products()
     };
     let in_order = || ("in order".to_string(), gpu(None, false));
     if let Some((device, alone)) = golden::real() {
-        let real = (REAL.to_string(), device);
+        let real = (REAL.to_string(), device.with_own_products());
         return if alone { vec![real] } else { vec![in_order(), real] };
     }
     let mut all = vec![in_order()];

@@ -13,9 +13,11 @@ const BYTES: usize = 256 << 20;
 /// The GPU of one of `world` ranks, which share those that there are.
 pub fn open(rank: usize, world: usize) -> Device {
     let search = Search::new(&CudaPlaces::detect(&identity::environment()));
-    let opened = Context::find(&search, rank, world).and_then(|(context, found)| {
+    let opened = Context::find(&search, rank, world).and_then(|context| {
         let help = "these tests take little: see who else computes there".to_string();
-        Device::cuda(context, found, BYTES, help)
+        // Where there is no library, what is tested are the program's own products.
+        let library = context.products(&search).ok();
+        Device::cuda(context, library, BYTES, help)
     });
     opened.unwrap_or_else(|error| panic!("FERROTRON_GPU asks for a GPU, but {error:#}"))
 }

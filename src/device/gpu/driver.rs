@@ -71,6 +71,8 @@ pub struct Gemm {
 pub trait Driver: Send + Sync + Debug {
     /// The device in words, for headlines and errors.
     fn name(&self) -> String;
+    /// Who does matrix products, in words.
+    fn products(&self) -> String;
     /// Fails with what was asked for, what is taken and what would help.
     fn allocate(&self, bytes: usize) -> Result<u64>;
     /// When the work queued so far on `Compute` is done with it. Work on `Copies` that uses it has been waited for there.

@@ -12,12 +12,11 @@ use crate::device::cpu::gemm;
 use crate::device::cpu::pack::{self, Along};
 use crate::device::gpu::driver::{Argument, Driver, Event, Gemm, Grid, Operand, Order, Stream};
 use crate::device::gpu::kernels::{self, Architecture, Source};
-use crate::device::gpu::matmul::{self, Launch};
 use crate::dispatch;
 use crate::dtype::{Element, Stored};
 use crate::rng;
 use anyhow::{Context, Result, ensure};
-use ptx_emulator::{Counters, Memory, Module, Options};
+use ptx_emulator::{Counters, Launch, Memory, Module, Options};
 use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -31,8 +30,6 @@ pub struct Emulated {
     /// Where PTX is read from instead of what the program brings along.
     ptx: Option<PathBuf>,
     counted: Option<Counted>,
-    /// Whether kernels do matrix products, or this machine's processor, which is faster.
-    own_products: bool,
     state: Mutex<State>,
 }
 
@@ -93,17 +90,12 @@ impl Emulated {
     /// misused barriers are errors, too. `threads`: how many of this machine's threads run blocks and matrix products.
     pub fn new(seed: Option<u64>, checked: bool, threads: usize) -> Emulated {
         let options = Options { seed, checked, threads, ..Options::default() };
-        Emulated { memory: Memory::new(), options, cpu: Cpu::new(threads), ptx: None, counted: None, own_products: false, state: Mutex::default() }
+        Emulated { memory: Memory::new(), options, cpu: Cpu::new(threads), ptx: None, counted: None, state: Mutex::default() }
     }
 
     /// The same with the kernels of `folder`: files named like those of `cuda/ptx/`.
     pub fn with_ptx_of(self, folder: &Path) -> Emulated {
         Emulated { ptx: Some(folder.to_path_buf()), ..self }
-    }
-
-    /// The same, with matrix products by the program's own kernels.
-    pub fn with_own_products(self) -> Emulated {
-        Emulated { own_products: true, ..self }
     }
 
     /// The same, and every launch tells `counted` what it has counted.
@@ -173,7 +165,7 @@ impl Emulated {
             state.modules.insert(source.name, module);
         }
         let arguments: Vec<&[u8]> = arguments.iter().map(Argument::bytes).collect();
-        let launch = ptx_emulator::Launch {
+        let launch = Launch {
             kernel: state.modules[source.name].kernel(kernel).with_context(|| format!("no kernel {kernel} in {}.cu", source.name))?,
             grid: grid.blocks,
             block: [grid.threads, 1, 1],
@@ -233,6 +225,10 @@ impl Driver for Emulated {
         "emulated GPU".to_string()
     }
 
+    fn products(&self) -> String {
+        "this machine's processor".to_string()
+    }
+
     fn allocate(&self, bytes: usize) -> Result<u64> {
         Ok(self.memory.allocate(bytes))
     }
@@ -246,10 +242,6 @@ impl Driver for Emulated {
     }
 
     fn gemm(&self, gemm: &Gemm) -> Result<()> {
-        if self.own_products {
-            let Launch { kernel, grid, arguments } = matmul::launch(gemm)?;
-            return self.launch(Stream::Compute, &kernel, grid, &arguments);
-        }
         self.queue(Stream::Compute, Work::Gemm(*gemm))
     }
 

@@ -57,6 +57,7 @@ pub fn launch(gemm: &Gemm) -> Result<Launch> {
 /// The same in tiles of this edge.
 pub fn launch_in(gemm: &Gemm, edge: Edge) -> Result<Launch> {
     let Gemm { dtype, m, n, k, a, b, out, .. } = *gemm;
+    ensure!(k > 0, "a product of {m} x {n} sums over nothing");
     let form = match (a.order, b.order, gemm.accumulate, gemm.bias) {
         (Order::SummedInner, Order::SummedInner, false, _) => "forward",
         (Order::SummedInner, Order::SummedOuter, false, None) => "backward_input",
@@ -109,6 +110,8 @@ mod tests {
     #[test]
     fn another_form_is_refused_with_a_sentence() {
         let error = launch(&gemm(Dtype::Bf16, [Order::SummedOuter, Order::SummedInner], false, 4, 4)).expect_err("no such kernel");
-        assert!(error.to_string().starts_with("there is no kernel for a product of SummedOuter and SummedInner that writes without a bias"));
+        assert!(
+            error.to_string().starts_with("there is no kernel for a product of SummedOuter and SummedInner that writes without a bias")
+        );
     }
 }

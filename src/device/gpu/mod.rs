@@ -15,12 +15,15 @@ use crate::device::memory::Memory;
 use crate::dtype::Dtype;
 use anyhow::{Result, anyhow};
 use driver::{Argument, Driver, Event, Gemm, Grid, Stream};
+use matmul::Launch;
 use std::sync::{Arc, Mutex, PoisonError};
 
 #[derive(Debug)]
 pub struct Gpu {
     pub memory: Arc<Memory>,
     queue: Arc<Queue>,
+    /// Whether matrix products are kernels of `cuda/matmul.cu`, or whatever the driver has for them.
+    own_products: bool,
 }
 
 /// A driver that stops at its first failure.
@@ -46,11 +49,21 @@ macro_rules! args {
 impl Gpu {
     pub fn new(driver: Box<dyn Driver>) -> Gpu {
         let queue = Arc::new(Queue { driver, failure: Mutex::default() });
-        Gpu { memory: Arc::new(Memory::of_gpu(queue.clone())), queue }
+        Gpu { memory: Arc::new(Memory::of_gpu(queue.clone())), queue, own_products: false }
+    }
+
+    /// The same GPU, with matrix products by kernels of the program's own.
+    pub fn with_own_products(&self) -> Gpu {
+        Gpu { memory: self.memory.clone(), queue: self.queue.clone(), own_products: true }
     }
 
     pub fn name(&self) -> String {
         self.queue.driver.name()
+    }
+
+    /// Who does matrix products, in words.
+    pub fn products(&self) -> String {
+        if self.own_products { "ferrotron's own kernels".to_string() } else { self.queue.driver.products() }
     }
 
     pub fn queue(&self) -> &Arc<Queue> {
@@ -65,9 +78,16 @@ impl Gpu {
     }
 
     pub fn gemm(&self, gemm: &Gemm) {
-        if gemm.m > 0 && gemm.n > 0 {
-            self.queue.run(|driver| driver.gemm(gemm));
+        if gemm.m == 0 || gemm.n == 0 {
+            return;
         }
+        self.queue.run(|driver| {
+            if !self.own_products {
+                return driver.gemm(gemm);
+            }
+            let Launch { kernel, grid, arguments } = matmul::launch(gemm)?;
+            driver.launch(Stream::Compute, &kernel, grid, &arguments)
+        });
     }
 
     /// Waits for all work, and tells the first failure of any.

@@ -41,13 +41,17 @@ impl fmt::Debug for Context {
 }
 
 impl Context {
-    /// Opens the GPU of the rank `local_rank` of the `local_world` on this node, and loads the cuBLASLt that goes with its driver.
-    pub fn find(search: &Search, local_rank: usize, local_world: usize) -> Result<(Context, Found)> {
+    /// Opens the GPU of the rank `local_rank` of the `local_world` on this node.
+    pub fn find(search: &Search, local_rank: usize, local_world: usize) -> Result<Context> {
         let started = probe::start(search)?;
         let (facts, gpus) = started.gpu_of(local_rank)?;
-        let found = started.products(search)?;
         let sharing = (local_world - facts.ordinal.min(local_world - 1)).div_ceil(gpus);
-        Ok((Context::open(started, facts, sharing)?, found))
+        Context::open(started, facts, sharing)
+    }
+
+    /// Loads the cuBLASLt that goes with the GPU's driver.
+    pub fn products(&self, search: &Search) -> Result<Found> {
+        self.started.products(search)
     }
 
     pub fn open(started: Started, facts: Facts, sharing: usize) -> Result<Context> {

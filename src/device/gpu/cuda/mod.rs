@@ -1,4 +1,4 @@
-//! A real GPU, by NVIDIA's driver and cuBLASLt.
+//! A real GPU, by NVIDIA's driver and, for matrix products, cuBLASLt where it is there.
 //!
 //! A rank takes as much memory as its plan foretells in one allocation and gives it out itself (`arena.rs`). Two streams run beside each
 //! other, one for compute and one for copies. What is freed may be given out again at once, because its next use is queued behind its
@@ -63,7 +63,8 @@ struct State {
     arena: Arena,
     modules: Modules,
     pinned: Pinned,
-    multiplier: Multiplier,
+    /// None: there is no library, and nobody asks for its products.
+    multiplier: Option<Multiplier>,
     /// Events recorded.
     recorded: u64,
 }
@@ -75,12 +76,12 @@ pub fn bytes_with_slack(peak: usize) -> usize {
 
 impl Cuda {
     /// Takes `bytes` of the GPU's memory. `help`: what to do where they do not do.
-    pub fn new(context: Context, found: Found, bytes: usize, help: String) -> Result<Cuda> {
+    pub fn new(context: Context, library: Option<Found>, bytes: usize, help: String) -> Result<Cuda> {
         let state = State {
             arena: Arena::default(),
             modules: Modules::new(modules::architecture(context.facts.capability)),
             pinned: Pinned::new(&context)?,
-            multiplier: Multiplier::new(found, &context)?,
+            multiplier: library.map(|found| Multiplier::new(found, &context)).transpose()?,
             recorded: 0,
         };
         let cuda = Cuda { context, help, state: Mutex::new(state) };
@@ -148,7 +149,8 @@ impl Cuda {
                     self.context.bound(Some("rows of a product"), |driver| unsafe { call!(driver.copy_rows, &copy, stream) })?;
                 }
                 Step::Product { sizes, a, b, d, bias } => {
-                    state.multiplier.multiply(&self.context, &sizes, [a, b, d], bias)?;
+                    let multiplier = state.multiplier.as_mut().context("a product is asked of cuBLASLt, which was not loaded")?;
+                    multiplier.multiply(&self.context, &sizes, [a, b, d], bias)?;
                 }
             }
         }
@@ -191,6 +193,10 @@ impl std::fmt::Debug for Cuda {
 impl Driver for Cuda {
     fn name(&self) -> String {
         self.context.name()
+    }
+
+    fn products(&self) -> String {
+        self.lock().multiplier.as_ref().map_or("nobody".to_string(), Multiplier::name)
     }
 
     fn allocate(&self, bytes: usize) -> Result<u64> {
@@ -262,7 +268,7 @@ impl Drop for Cuda {
         let state = self.state.get_mut().unwrap_or_else(PoisonError::into_inner);
         // What fails here has failed before and been told; the process's end frees the rest.
         self.context.synchronize().ok();
-        state.multiplier.release();
+        state.multiplier.iter_mut().for_each(Multiplier::release);
         state.modules.release(&self.context);
         state.pinned.release(&self.context);
         for start in state.arena.segments() {

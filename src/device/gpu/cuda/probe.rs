@@ -100,6 +100,11 @@ pub fn version_words(version: i32) -> String {
     format!("{}.{}", version / 1000, version % 1000 / 10)
 }
 
+/// Of cuBLASLt.
+pub fn library_version(version: usize) -> String {
+    format!("{}.{}", version / 10000, version % 10000 / 100)
+}
+
 /// Loads a cuBLASLt for a driver of this major version.
 fn products_for(major: i32, search: &Search) -> Result<Found> {
     let help = format!(
@@ -196,13 +201,19 @@ pub fn report(search: Search) -> Vec<(String, String)> {
 fn facts(search: &Search) -> Vec<(String, String)> {
     let missing = |error: Error| format!("{error:#}");
     let products = |major| {
-        let version = |found: Found| format!("{}.{}, {}", found.version / 10000, found.version % 10000 / 100, found.path.display());
-        ("libcublaslt".to_string(), products_for(major, search).map_or_else(missing, version))
+        let found = products_for(major, search);
+        let by = if found.is_ok() { "cuBLASLt" } else { "ferrotron's own kernels" };
+        let version = |found: Found| format!("{}, {}", library_version(found.version), found.path.display());
+        let taken = format!("by {by}, where device.matmul is \"auto\"");
+        [("libcublaslt".to_string(), found.map_or_else(missing, version)), ("matmul".to_string(), taken)]
     };
     let started = match start(search) {
         Ok(started) => started,
         // Login nodes have no driver, but often the libraries that other nodes use.
-        Err(error) => return vec![("cuda".to_string(), missing(error)), products(NEWEST_MAJOR)],
+        Err(error) => {
+            let [library, _] = products(NEWEST_MAJOR);
+            return vec![("cuda".to_string(), missing(error)), library];
+        }
     };
     let mut facts = vec![("cuda".to_string(), format!("{}, by {}", version_words(started.version), started.path.display()))];
     match started.gpus() {
@@ -218,7 +229,7 @@ fn facts(search: &Search) -> Vec<(String, String)> {
         })),
         Err(error) => facts.push(("gpu".to_string(), missing(error))),
     }
-    facts.push(products(started.version / 1000));
+    facts.extend(products(started.version / 1000));
     facts
 }
 

@@ -2,8 +2,8 @@
 //!
 //! An algorithm is asked for once, for sizes that no call has a part in (`CANONICAL` by `CANONICAL`), and then used for all sizes: the same
 //! tiles go over k in the same steps, so that an element's bits do not depend on m and n. An algorithm that cuts k into parts, adds parts
-//! in memory or wants scratch memory is never taken. What an algorithm then does with its tiles is NVIDIA's; `scripts/gpu_check.sh` compares
-//! bits over m and n on the GPU that it runs on, and nothing else shows that they are equal.
+//! in memory or wants scratch memory is never taken. What an algorithm then does with its tiles is NVIDIA's; `promise.rs` compares
+//! bits over m and n when a run begins, and the program's own products (`cuda/matmul.cu`) have no need of it.
 //!
 //! Sums are in f32 and f32 is not cut to TF32. A bias is added before the only rounding, by the product itself.
 //!
@@ -13,7 +13,7 @@
 
 use super::context::Context;
 use super::failure::{self, Refusal};
-use super::probe::Found;
+use super::probe::{Found, library_version};
 use super::recipe::{Columns, Key, Sizes, out_dtype};
 use super::table::{Products, Texts};
 use crate::device::gpu::driver::Stream;
@@ -43,6 +43,8 @@ pub struct Multiplier {
     handle: lt::cublasLtHandle_t,
     operations: HashMap<Key, Operation>,
     plans: HashMap<Sizes, Plan>,
+    /// As 10000 a major version and 100 a minor one.
+    version: usize,
 }
 
 /// A thing of cuBLASLt's that is destroyed when nobody has it any more.
@@ -78,13 +80,17 @@ impl<T: Copy> Drop for Owned<T> {
 
 impl Multiplier {
     pub fn new(found: Found, context: &Context) -> Result<Multiplier> {
-        let Found { products: table, texts, .. } = found;
+        let Found { products: table, texts, version, .. } = found;
         let mut handle = null_mut();
         // The library makes a handle for the context that is bound to the thread.
         context.bound(None, |_| Ok(()))?;
         // SAFETY: the library writes a handle to where it is told to.
         unsafe { call!(table.create, &mut handle) }.map_err(|refusal| failure::sentence(refusal, None, Some(&texts)))?;
-        Ok(Multiplier { table, texts, handle, operations: HashMap::new(), plans: HashMap::new() })
+        Ok(Multiplier { table, texts, handle, operations: HashMap::new(), plans: HashMap::new(), version })
+    }
+
+    pub fn name(&self) -> String {
+        format!("cuBLASLt {}", library_version(self.version))
     }
 
     /// Queues a product of cuBLASLt's A and B into D on the stream of `Compute`.

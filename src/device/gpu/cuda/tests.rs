@@ -18,7 +18,7 @@ fn gpu(bytes: usize) -> Cuda {
     let (facts, gpus) = started.gpu_of(0).expect("a GPU");
     assert_eq!((gpus, facts.bytes), (1, 1 << 30));
     let context = Context::open(started, facts, 2).expect("a context");
-    Cuda::new(context, fake_products::products(), bytes, "set less".to_string()).expect("memory")
+    Cuda::new(context, Some(fake_products::products()), bytes, "set less".to_string()).expect("memory")
 }
 
 fn bytes(count: usize) -> Vec<u8> {
