@@ -121,7 +121,7 @@ template <int EDGE> struct FmaTile {
     }
   }
 
-  // Calls result(at, sum), where `at` is an offset in out, for each element that is there; as `float4`s by `four` where rows of n let it.
+  // Calls result(at, column, count, sums) for each four neighbours, of which `count` are there: where they stand in out, and in which column.
   template <typename Result> DEVICE void over(const Place<EDGE>& place, size_t n, uint32_t rows, uint32_t columns, Result result) const {
 #pragma unroll
     for (int i = 0; i < Of::EACH; i++) {
@@ -153,13 +153,16 @@ DEVICE void multiply_floats(
     for (uint32_t i = 0; i < 4; i++) four[i] = bias != nullptr && i < count ? sums[i] + bias[column + i] : sums[i];
     if (packed) {
       // Lanes side by side fill whole sectors; without this they fill them in four accesses.
-      float4* to = reinterpret_cast<float4*>(out + at);
-      const float4 old = ONTO ? *to : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-      *to = ONTO ? make_float4(old.x + four[0], old.y + four[1], old.z + four[2], old.w + four[3]) : make_float4(four[0], four[1], four[2], four[3]);
+      if (ONTO) {
+        const float4 old = *reinterpret_cast<const float4*>(out + at);
+        four[0] += old.x, four[1] += old.y, four[2] += old.z, four[3] += old.w;
+      }
+      store_16_global(
+          out + at, make_uint4(__float_as_uint(four[0]), __float_as_uint(four[1]), __float_as_uint(four[2]), __float_as_uint(four[3])));
     } else {
 #pragma unroll
       for (uint32_t i = 0; i < 4; i++) {
-        if (i < count) out[at + i] = ONTO ? out[at + i] + four[i] : four[i];
+        if (i < count) out[at + i] = ONTO ? four[i] + out[at + i] : four[i];
       }
     }
   });

@@ -155,7 +155,7 @@ DEVICE void store_square(T* to, size_t stride, uint32_t tile, const Sums<SIDE / 
     for (int index = lane(); index < SIDE * CHUNKS; index += WARP) {
       int row = index / CHUNKS, chunk = index % CHUNKS;
       // Rows of out are of whole chunks.
-      if (row < rows && chunk * 8 < columns) *reinterpret_cast<uint4*>(to + row * stride + chunk * 8) = load_16_shared(tile + swizzled<SIDE>(row, chunk));
+      if (row < rows && chunk * 8 < columns) store_16_global(to + row * stride + chunk * 8, load_16_shared(tile + swizzled<SIDE>(row, chunk)));
     }
   } else {
 #pragma unroll 2

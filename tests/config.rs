@@ -262,6 +262,7 @@ fn each_mistake_is_told_with_what_would_work() {
         ("checkpoint.resume=true", "`checkpoint.resume` must be \"auto\", \"none\", a step or a path, not true", ""),
         ("log.intervall=3", "unknown key `log.intervall`", "did you mean `interval`?"),
         ("device.kind=gpu", "`device.kind` = \"gpu\" is not known", "auto, cpu, cuda, emulated"),
+        ("device.matmul=cublas", "`device.matmul` = \"cublas\" is not known", "auto, cublaslt, own"),
         ("steps=3", "`steps` is not the path of a key", "section.key=value"),
         ("train.steps", "`train.steps` has no `=`", "section.key=value"),
         ("run.name=", "the value of `run.name` is not TOML: there is none", "section.key=value"),

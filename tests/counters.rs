@@ -7,8 +7,10 @@
 //! Invariant: every kernel of f32 and of bf16 is counted, and what is less than ideal has its reason in `REASONS`.
 
 use ferrotron::device::Device;
+use ferrotron::device::gpu::driver::{Gemm, Operand, Order};
 use ferrotron::device::gpu::emulated::{Counted, Emulated};
 use ferrotron::device::gpu::kernels::{SOURCES, Source};
+use ferrotron::device::gpu::matmul::{Edge, Launch, launch_in};
 use ferrotron::device::tensor::Tensor;
 use ferrotron::dtype::Dtype;
 use ferrotron::ops::adamw::{self, Adam, Rounding};
@@ -91,6 +93,7 @@ const CASES: &[Case] = &[
     case("16x4096", ALL, searches),
     case("32x12_heads_of_128", 32 * 12 * 128, rotations),
     case("64x1024", ALL, selections),
+    case("128x128x256", 128 * 128, products),
     case("256x2_of_32", 256 * 2 * 32, attentions::<32>),
     case("256x2_of_64", 256 * 2 * 64, attentions::<64>),
     case("256x2_of_96", 256 * 2 * 96, attentions::<96>),
@@ -218,6 +221,24 @@ fn rotations(device: &Device, dtype: Dtype) {
 
 fn selections(device: &Device, dtype: Dtype) {
     select::swap_blocks(random(device, &[ROWS, WIDTH], dtype).view(), 4, 8);
+}
+
+/// In tiles of both sizes, of which a product of this size would have the small ones.
+fn products(device: &Device, dtype: Dtype) {
+    let (edge, k) = (128, 256);
+    let (a, b) = (random(device, &[edge, k], dtype), random(device, &[edge, k], dtype));
+    let (inner, outer) = (Order::SummedInner, Order::SummedOuter);
+    for ([a_order, b_order], accumulate) in [([inner, inner], false), ([inner, outer], false), ([outer, outer], true)] {
+        let operand = |x: &Tensor, order| Operand { address: x.view().address(), stride: if order == inner { k } else { edge }, order };
+        let (a, b) = (operand(&a, a_order), operand(&b, b_order));
+        let out = device.zeros([edge, edge], if accumulate { Dtype::F32 } else { dtype });
+        let gemm = Gemm { dtype, m: edge, n: edge, k, a, b, out: out.view().address(), accumulate, bias: None };
+        for tile in [Edge::Of64, Edge::Of128] {
+            let Launch { kernel, grid, arguments } = launch_in(&gemm, tile).expect("a form that there is");
+            let Device::Gpu(gpu) = device else { panic!("kernels run on GPUs") };
+            gpu.launch(&kernel, grid, &arguments);
+        }
+    }
 }
 
 fn attentions<const DIM: usize>(device: &Device, dtype: Dtype) {

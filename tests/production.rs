@@ -13,7 +13,7 @@ use ferrotron::dtype::{Dtype, Element};
 use ferrotron::ops::adamw::{self, Adam, Rounding};
 use ferrotron::ops::attention::{self, Heads, Mask};
 use ferrotron::ops::exact::{LossTotal, SquareSum};
-use ferrotron::ops::{activation, cross_entropy, elementwise, embedding, norm, reduce, rope, select};
+use ferrotron::ops::{activation, cross_entropy, elementwise, embedding, matmul, norm, reduce, rope, select};
 use half::{bf16, f16};
 use ptx_emulator::{Launch, Memory, Module, Options};
 use std::collections::HashMap;
@@ -104,7 +104,7 @@ impl Driver for Sampled {
     }
 
     fn gemm(&self, _: &Gemm) -> Result<()> {
-        anyhow::bail!("products are not kernels of ours")
+        anyhow::bail!("there is no library here, and these products are kernels of our own")
     }
 
     fn zero(&self, _: Stream, _: u64, bytes: usize) -> Result<()> {
@@ -140,7 +140,7 @@ impl Driver for Sampled {
 
 /// Runs `work` on such a GPU; fails with what failed there.
 fn sampled(pick: Pick, work: impl FnOnce(&Device)) {
-    let device = Device::gpu(Box::new(Sampled { pick, ..Sampled::default() }));
+    let device = Device::gpu(Box::new(Sampled { pick, ..Sampled::default() })).with_own_products();
     work(&device);
     checked(&device);
 }
@@ -316,6 +316,37 @@ fn rope_and_select() {
         reached("blocks", swapped.view());
         drop(swapped);
         reached("columns", select::columns(x.view(), &[0..C / 2, C / 2..C]).view());
+    });
+}
+
+/// Of each operand in its turn, and of what is computed, there are more than 2^32 elements.
+#[test]
+fn matmul_of_large_operands() {
+    const WIDE: usize = (1 << 22) + (1 << 12);
+    const FEW: usize = 1024;
+    for dtype in [Dtype::Bf16, Dtype::F16, Dtype::F32] {
+        let rows = |device: &Device, n: usize, c: usize| rows_of(device, dtype, n, c);
+        let forward = |x: &Tensor, w: &Tensor| matmul::forward(x.view(), w.view(), matmul::WHOLE);
+        sampled(Pick::Last, |device| {
+            reached("many rows of x", forward(&rows(device, N, C), &rows(device, 64, C)).view());
+            reached("many rows of w", forward(&rows(device, 64, C), &rows(device, N, C)).view());
+            reached("a large y", forward(&rows(device, N, 40), &rows(device, C, 40)).view());
+            let backward = |dy: &Tensor, w: &Tensor| matmul::backward_input(dy.view(), w.view());
+            reached("many rows of dy", backward(&rows(device, N, C), &rows(device, C, 64)).view());
+            reached("long rows of w", backward(&rows(device, 64, FEW), &rows(device, FEW, WIDE)).view());
+            reached("a large dx", backward(&rows(device, N, 40), &rows(device, 40, C)).view());
+            let weight = |dy: &Tensor, x: &Tensor| {
+                let mut dw = device.zeros([dy.shape().columns(), x.shape().columns()], Dtype::F32);
+                matmul::backward_weight(dw.view_mut(), dy.view(), x.view(), dy.shape().rows());
+                dw
+            };
+            reached("long rows of dy", weight(&rows(device, FEW, WIDE), &rows(device, FEW, 64)).view());
+            reached("long rows of x", weight(&rows(device, FEW, 64), &rows(device, FEW, WIDE)).view());
+            reached("a large dw", weight(&rows(device, 40, N), &rows(device, 40, C)).view());
+        });
+    }
+    sampled(Pick::Three, |device| {
+        reached("many rows of x and w", matmul::forward(rows(device, N, 40).view(), rows(device, C, 40).view(), matmul::WHOLE).view());
     });
 }
 

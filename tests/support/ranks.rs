@@ -12,7 +12,7 @@ use ferrotron::checkpoint::save::{Options, Shard, Writer};
 use ferrotron::comm::connect::Transport;
 use ferrotron::comm::groups::Groups;
 use ferrotron::comm::threads::Threads;
-use ferrotron::config::{Config, DeviceKind};
+use ferrotron::config::{Config, DeviceKind, Matmul};
 use ferrotron::device::Device;
 use ferrotron::plan::Plan;
 use ferrotron::train::resume;
@@ -99,6 +99,7 @@ fn one_rank(config: &Config, plan: Plan, transport: &Transport, rank: usize, leg
         DeviceKind::Cuda => gpu::open(rank, plan.mesh.world()),
         _ => Device::cpu(1),
     };
+    let device = if config.device.matmul == Matmul::Own { device.with_own_products() } else { device };
     let groups = Groups::connect(transport, &plan.mesh, rank).expect("groups of threads");
     let vocabulary = config.model.vocab_size;
     let mut trainer = Trainer::new(config, plan, rank, &device, groups).expect("a trainer");
