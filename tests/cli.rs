@@ -121,6 +121,28 @@ fn a_gpu_that_is_not_there_is_told_under_its_key() {
 }
 
 #[test]
+fn a_run_says_who_does_its_products() {
+    let folder = folder("products");
+    let path = tiny(&folder);
+    let run = |matmul: &str| {
+        ferrotron(&[
+            "train",
+            path.to_str().expect("a path of ours"),
+            "--set",
+            "device.kind=emulated",
+            "--set",
+            &format!("device.matmul={matmul}"),
+        ])
+    };
+    let refused = run("cublaslt");
+    let text = err(&refused);
+    assert_eq!((code(&refused), folder.join("run").exists()), (2, false), "{text}");
+    assert!(text.contains("`device.matmul` = \"cublaslt\", but an emulated GPU has no library"), "{text}");
+    let own = run("own");
+    assert_eq!((code(&own), err(&own).contains("matrix products by ferrotron's own kernels\n")), (0, true), "{}", err(&own));
+}
+
+#[test]
 fn plan_needs_nothing_but_the_configuration() {
     let output = ferrotron(&["plan", "configs/quickstart.toml"]);
     assert_eq!((code(&output), out(&output).contains("1673088")), (0, true), "{}{}", out(&output), err(&output));

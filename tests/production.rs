@@ -322,7 +322,7 @@ fn rope_and_select() {
 /// Of each operand in its turn, and of what is computed, there are more than 2^32 elements.
 #[test]
 fn matmul_of_large_operands() {
-    const WIDE: usize = (1 << 22) + (1 << 12);
+    const WIDE: usize = (1 << 23) + (1 << 12);
     const FEW: usize = 1024;
     for dtype in [Dtype::Bf16, Dtype::F16, Dtype::F32] {
         let rows = |device: &Device, n: usize, c: usize| rows_of(device, dtype, n, c);

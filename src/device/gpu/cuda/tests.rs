@@ -8,6 +8,7 @@ use super::fake_products;
 use super::pinned::PIECE;
 use super::{Cuda, bytes_with_slack};
 use crate::args;
+use crate::device::gpu::Gpu;
 use crate::device::gpu::driver::{Driver, Event, Gemm, Grid, Operand, Order, Stream};
 use crate::dtype::Dtype;
 
@@ -171,6 +172,28 @@ fn products_take_one_algorithm_a_key_and_are_right() {
     let nothing = Operand { address: 0, stride: 0, order: Order::SummedInner };
     let gemm = Gemm { dtype: Dtype::F32, m: 1, n: 1, k: 0, a: nothing, b: nothing, out: 0, accumulate: false, bias: None };
     assert!(gpu.gemm(&gemm).is_err());
+}
+
+#[test]
+fn without_a_library_products_are_launches() {
+    let started = fake::driver();
+    let (facts, _) = started.gpu_of(0).expect("a GPU");
+    let context = Context::open(started, facts, 1).expect("a context");
+    let gpu = Gpu::new(Box::new(Cuda::new(context, None, 64 * MIB, "set less".to_string()).expect("memory")));
+    let operand = Operand { address: 1 << 20, stride: 200, order: Order::SummedInner };
+    let gemm =
+        Gemm { dtype: Dtype::Bf16, m: 130, n: 60, k: 200, a: operand, b: operand, out: 2 << 20, accumulate: false, bias: Some(3 << 20) };
+    let own = gpu.with_own_products();
+    assert_eq!((own.products().as_str(), gpu.products().as_str()), ("ferrotron's own kernels", "nobody"));
+    own.gemm(&gemm);
+    own.check().expect("a launch");
+    let words = vec![2 << 20, 1 << 20, 1 << 20];
+    let expected = Launch { kernel: "matmul_forward_64_bf16".to_string(), grid: [3, 1, 1], threads: 128, shared: 32 << 10, words };
+    state(|fake| assert_eq!(fake.launches, [expected]));
+    // Nobody does what nobody was asked to find.
+    gpu.gemm(&gemm);
+    let error = gpu.check().expect_err("no library").to_string();
+    assert!(error.contains("a product is asked of cuBLASLt, which was not loaded"), "{error}");
 }
 
 #[test]
