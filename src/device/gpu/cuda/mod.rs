@@ -149,7 +149,7 @@ impl Cuda {
                     self.context.bound(Some("rows of a product"), |driver| unsafe { call!(driver.copy_rows, &copy, stream) })?;
                 }
                 Step::Product { sizes, a, b, d, bias } => {
-                    let multiplier = state.multiplier.as_mut().context("a product is asked of cuBLASLt, which was not loaded")?;
+                    let multiplier = state.multiplier.as_mut().expect("looked at before there are steps");
                     multiplier.multiply(&self.context, &sizes, [a, b, d], bias)?;
                 }
             }
@@ -215,6 +215,7 @@ impl Driver for Cuda {
     fn gemm(&self, gemm: &Gemm) -> Result<()> {
         ensure!(gemm.k > 0, "a product of {} x {} sums over nothing", gemm.m, gemm.n);
         let (mut state, mut scratch) = (self.lock(), Vec::new());
+        ensure!(state.multiplier.is_some(), "a product is asked of cuBLASLt, which was not loaded");
         let queued = self.queue_product(&mut state, gemm, &mut scratch);
         // Whoever gets the scratch next uses it after what was queued here.
         let returned = scratch.into_iter().all(|start| state.arena.give_back(start));
