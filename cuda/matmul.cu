@@ -10,31 +10,37 @@
 // memory beside the threads where rows begin at multiples of 16 bytes, else element by element through registers, where nothing hides how
 // long the first takes.
 //
-// Bytes: out once; a once for each column of tiles and b once for each row of them, mostly from L2. No bank conflicts.
+// Bytes: out once (backward_weight: twice); a once for each column of tiles and b once for each row of them, mostly from L2. No bank conflicts,
+// and sectors are full where rows begin at them. On a multiprocessor of sm_80 stand two blocks of 128 x 128 or four of 64 x 64 (f32: three),
+// by their registers.
 //
 // Blocks: tiles, in the order of `Place`. Threads: 128 (f32: 256). Dynamic shared memory: src/device/gpu/matmul.rs.
 #include "matmul_fma.cuh"
 #include "matmul_tiles.cuh"
 
-#define FORM(form, EDGE, T, suffix, threads, Out) \
-  KERNEL_ALONE(threads) matmul_##form##_##EDGE##_##suffix( \
+#define FORM(threads, form, EDGE, T, suffix, Out) \
+  KERNEL(threads) matmul_##form##_##EDGE##_##suffix( \
       Out* out, const T* a, const T* b, const T* bias, size_t m, size_t n, size_t k, size_t a_stride, size_t b_stride)
 
 #define TILED(EDGE, T, suffix) \
-  FORM(forward, EDGE, T, suffix, Tiling<EDGE>::THREADS, T) { multiply_into<T, EDGE, false>(out, a, b, bias, m, n, k, a_stride, b_stride); } \
-  FORM(backward_input, EDGE, T, suffix, Tiling<EDGE>::THREADS, T) { \
+  FORM(Tiling<EDGE>::THREADS, forward, EDGE, T, suffix, T) { \
+    multiply_into<T, EDGE, false>(out, a, b, bias, m, n, k, a_stride, b_stride); \
+  } \
+  FORM(Tiling<EDGE>::THREADS, backward_input, EDGE, T, suffix, T) { \
     multiply_into<T, EDGE, true>(out, a, b, nullptr, m, n, k, a_stride, b_stride); \
   } \
-  FORM(backward_weight, EDGE, T, suffix, Tiling<EDGE>::THREADS, float) { multiply_onto<T, EDGE>(out, a, b, m, n, k, a_stride, b_stride); }
+  FORM(Tiling<EDGE>::THREADS, backward_weight, EDGE, T, suffix, float) { \
+    multiply_onto<T, EDGE>(out, a, b, m, n, k, a_stride, b_stride); \
+  }
 
 #define FMA(EDGE) \
-  FORM(forward, EDGE, float, f32, FmaTiling<EDGE>::THREADS, float) { \
+  FORM(FmaTiling<EDGE>::THREADS, forward, EDGE, float, f32, float) { \
     multiply_floats<EDGE, false, false, false>(out, a, b, bias, m, n, k, a_stride, b_stride); \
   } \
-  FORM(backward_input, EDGE, float, f32, FmaTiling<EDGE>::THREADS, float) { \
+  FORM(FmaTiling<EDGE>::THREADS, backward_input, EDGE, float, f32, float) { \
     multiply_floats<EDGE, false, true, false>(out, a, b, nullptr, m, n, k, a_stride, b_stride); \
   } \
-  FORM(backward_weight, EDGE, float, f32, FmaTiling<EDGE>::THREADS, float) { \
+  FORM(FmaTiling<EDGE>::THREADS, backward_weight, EDGE, float, f32, float) { \
     multiply_floats<EDGE, true, true, true>(out, a, b, nullptr, m, n, k, a_stride, b_stride); \
   }
 

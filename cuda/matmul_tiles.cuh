@@ -5,8 +5,8 @@
 #include "tiles.cuh"
 
 // EDGE x EDGE elements of out, a quarter of them by each warp. Shared memory: 128: 64 KiB, 64: 32 KiB, of which the tile that is written takes
-// up a part at the end. Registers allow two blocks of EDGE 128 on a multiprocessor. Per product of matrix units a warp reads 128 bytes of
-// shared memory (EDGE 128) or 256, and a block brings along 128 or 256 of global memory, mostly from L2 (see `Place`).
+// up a part at the end. Per product of matrix units a warp reads 128 bytes of shared memory (EDGE 64: 256), and a block brings 64 of global
+// memory there (EDGE 64: 128), mostly from L2 (see `Place`).
 template <int EDGE> struct Tiling {
   enum {
     WARPS = 4,

@@ -164,7 +164,7 @@ impl Products {
                 Err(Problem::new("device.matmul", message)
                     .help("device.matmul = \"own\" needs no library; \"auto\" uses one where there is one"))
             }
-            (Err(error), _) => Ok(Products { library: None, note: Some(format!("{OWN}: {error:#}")) }),
+            (Err(error), _) => Ok(Products { library: None, note: Some(format!("cuBLASLt is not used: {error:#}")) }),
         }
     }
 
@@ -174,11 +174,9 @@ impl Products {
         if all || self.library.is_none() {
             return Ok(self);
         }
-        Ok(Products { library: None, note: Some(format!("{OWN}: there are ranks that have no cuBLASLt")) })
+        Ok(Products { library: None, note: Some("cuBLASLt is not used: there are ranks that have none".to_string()) })
     }
 }
-
-const OWN: &str = "matrix products are done by ferrotron's own kernels";
 
 fn threads(config: &Config, identity: &Identity) -> usize {
     let available = std::thread::available_parallelism().map_or(1, usize::from);
