@@ -144,7 +144,7 @@ part parity 150 env FERROTRON_GPU=1 FERROTRON_RECORD="$golden" "$tools/parity" -
 part steps 90 env FERROTRON_GPU=1 "$tools/emulated" --nocapture --test-threads=1
 part quickstart 60 bash -c quickstart
 part ranks 60 bash -c all_ranks
-part bench 90 "$ferrotron" bench --device cuda --json
+part bench 110 "$ferrotron" bench --device cuda --json
 part sanitizer 110 bash -c sanitizer
 part torch 120 bash -c beside_torch
 

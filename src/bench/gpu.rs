@@ -59,9 +59,10 @@ fn measure_all(
     out: &mut dyn Write,
 ) -> Result<()> {
     if !json {
+        let products = if let Device::Gpu(gpu) = device { gpu.products() } else { device.name() };
         writeln!(
             out,
-            "{}; by the clock, the best of several rounds; shares of a copy's bandwidth or of a square product's rate",
+            "{}, products by {products}; by the clock, the best of several rounds; shares of a copy's bandwidth or of a square product's rate",
             device.name()
         )?;
         writeln!(out, "{}", headline())?;
@@ -86,8 +87,11 @@ fn measure_all(
     Ok(())
 }
 
-/// All cases, those of products done by the device's library and by the program's own kernels.
+/// All cases. Where a library does products, those by the program's own kernels follow.
 fn with_own_products(device: &Device, sizes: Sizes, dtype: Dtype) -> Vec<Case> {
+    if matches!(device, Device::Gpu(gpu) if gpu.has_own_products()) {
+        return cases(device, sizes, dtype);
+    }
     let own = cases(&device.with_own_products(), sizes, dtype).into_iter().filter(|case| case.name.starts_with(PRODUCT));
     let own = own.map(|case| Case { name: format!("own {}", case.name), ..case });
     cases(device, sizes, dtype).into_iter().chain(own).collect()

@@ -61,6 +61,10 @@ impl Gpu {
         self.queue.driver.name()
     }
 
+    pub fn has_own_products(&self) -> bool {
+        self.own_products
+    }
+
     /// Who does matrix products, in words.
     pub fn products(&self) -> String {
         if self.own_products { "ferrotron's own kernels".to_string() } else { self.queue.driver.products() }
