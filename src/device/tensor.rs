@@ -7,6 +7,7 @@ use crate::device::gpu::driver::{Argument, Stream};
 use crate::device::memory::Buffer;
 use crate::dtype::{Dtype, Stored};
 use crate::shape::Shape;
+use anyhow::Result;
 use std::ops::Range;
 
 #[derive(Debug)]
@@ -261,6 +262,17 @@ impl<'a> ViewMut<'a> {
             }
             Device::Dry(_) => {}
         }
+    }
+
+    /// Lets `fill` write the numbers of the window: in place where they lie on the host, else in a buffer of zeros that is then copied.
+    pub fn fill_with<T: Stored>(mut self, fill: impl FnOnce(&mut [T]) -> Result<()>) -> Result<()> {
+        if let Device::Cpu(_) = self.device {
+            return fill(self.slice_mut::<T>());
+        }
+        let mut values = vec![bytemuck::Zeroable::zeroed(); self.shape.numel()];
+        fill(&mut values)?;
+        self.write(&values);
+        Ok(())
     }
 
     /// Copies `source`, which has the same number of elements of the same dtype, and may lie on another device.
