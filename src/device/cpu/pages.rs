@@ -14,6 +14,11 @@ const SLAB: usize = 2 * LARGE;
 /// The mapping that small buffers are cut from, and how much of it is given out.
 static SLAB_IN_USE: Mutex<Option<(Arc<MmapRaw>, usize)>> = Mutex::new(None);
 
+/// No bytes are at a cache line, too.
+#[derive(Clone, Copy, bytemuck::Zeroable, bytemuck::Pod)]
+#[repr(C, align(64))]
+struct Line([u8; 64]);
+
 /// Bytes of a mapping that nobody else has. It goes back to the system with the last buffer in it.
 #[derive(Debug, Default)]
 pub struct Pages(Option<Part>);
@@ -37,13 +42,13 @@ impl Pages {
     }
 
     pub fn bytes(&self) -> &[u8] {
-        let Some(Part { map, start, bytes }) = &self.0 else { return &[] };
+        let Some(Part { map, start, bytes }) = &self.0 else { return bytemuck::cast_slice::<Line, u8>(&[]) };
         // SAFETY: the part lies within its mapping, which it keeps alive, and is this buffer's alone; the system has filled it with zeros.
         unsafe { std::slice::from_raw_parts(map.as_ptr().add(*start), *bytes) }
     }
 
     pub fn bytes_mut(&mut self) -> &mut [u8] {
-        let Some(Part { map, start, bytes }) = &self.0 else { return &mut [] };
+        let Some(Part { map, start, bytes }) = &self.0 else { return bytemuck::cast_slice_mut::<Line, u8>(&mut []) };
         // SAFETY: likewise; and whoever has this buffer mutably is the only one who sees the part.
         unsafe { std::slice::from_raw_parts_mut(map.as_mut_ptr().add(*start), *bytes) }
     }
@@ -76,7 +81,7 @@ mod tests {
             let mut pages = Pages::zeroed(bytes);
             assert_eq!(pages.bytes_mut().len(), bytes);
             assert!(pages.bytes().iter().all(|&byte| byte == 0));
-            assert!(bytes == 0 || (pages.bytes().as_ptr() as usize).is_multiple_of(64));
+            assert!((pages.bytes().as_ptr() as usize).is_multiple_of(64) && (pages.bytes_mut().as_ptr() as usize).is_multiple_of(64));
         }
     }
 
