@@ -23,6 +23,7 @@ impl Stream {
     }
 
     /// The `index`-th block of four words.
+    #[inline(always)]
     pub fn block(&self, index: u64) -> [u32; 4] {
         philox([index as u32, (index >> 32) as u32, self.tag as u32, (self.tag >> 32) as u32], self.key)
     }

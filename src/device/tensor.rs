@@ -5,9 +5,11 @@
 use crate::device::Device;
 use crate::device::gpu::driver::{Argument, Stream};
 use crate::device::memory::Buffer;
-use crate::dtype::{Dtype, Stored};
+use crate::dispatch;
+use crate::dtype::{Dtype, Element, Stored};
 use crate::shape::Shape;
 use anyhow::Result;
+use rayon::iter::{IntoParallelRefIterator, ParallelIterator};
 use std::ops::Range;
 
 #[derive(Debug)]
@@ -272,6 +274,20 @@ impl<'a> ViewMut<'a> {
         let mut values = vec![bytemuck::Zeroable::zeroed(); self.shape.numel()];
         fill(&mut values)?;
         self.write(&values);
+        Ok(())
+    }
+
+    /// The same, with f32 numbers that are rounded to the window's dtype.
+    pub fn fill_rounded(self, fill: impl FnOnce(&mut [f32]) -> Result<()>) -> Result<()> {
+        if self.dtype == Dtype::F32 {
+            return self.fill_with(fill);
+        }
+        let mut values = vec![0f32; self.shape.numel()];
+        fill(&mut values)?;
+        dispatch!(self.dtype, T => {
+            let rounded: Vec<T> = values.par_iter().map(|&x| <T as Element>::from_f32(x)).collect();
+            self.write(&rounded);
+        });
         Ok(())
     }
 

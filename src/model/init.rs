@@ -6,7 +6,7 @@
 use crate::device::cpu::Isa;
 use crate::device::cpu::widest::widest;
 use crate::plan::catalog::{Start, Unit};
-use crate::plan::layout::Piece;
+use crate::plan::layout::{Piece, Places};
 use crate::rng::{PAIRS, Stream};
 use rayon::iter::{IndexedParallelIterator, ParallelIterator};
 use rayon::slice::ParallelSliceMut;
@@ -37,21 +37,15 @@ struct Normals {
 
 impl Normals {
     fn fill(&self, piece: &Piece, out: &mut [f32]) {
-        let columns = *piece.shape.last().expect("a tensor has dims") as u64;
-        let (row, column) = match piece.start[..] {
-            [column] => (0, column),
-            [row, column] => (row, column),
-            _ => unreachable!("pieces have one or two dims"),
-        };
-        let first = row as u64 * columns + column as u64;
-        let width = *piece.size.last().expect("a box has dims");
-        if piece.transposed {
-            self.transposed(first, columns, piece.size[0], out);
-        } else if width as u64 == columns || piece.size.len() == 1 {
+        let Places { first, length, near, far } = piece.places();
+        let length = length as usize;
+        if near != 1 {
+            self.transposed(first, near, length, out);
+        } else if length == out.len() {
             out.par_chunks_mut(GRAIN).enumerate().for_each(|(chunk, out)| self.run(first + (chunk * GRAIN) as u64, out));
         } else {
-            let rows = out.par_chunks_mut(width).with_min_len(GRAIN.div_ceil(width));
-            rows.enumerate().for_each(|(i, out)| self.run(first + i as u64 * columns, out));
+            let rows = out.par_chunks_mut(length).with_min_len(GRAIN.div_ceil(length));
+            rows.enumerate().for_each(|(row, out)| self.run(first + row as u64 * far, out));
         }
     }
 

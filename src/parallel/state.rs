@@ -43,7 +43,7 @@ impl Zero {
         Ok(held)
     }
 
-    /// Sets the weights, in f32 where the run keeps them so, and gives every rank what it must hold.
+    /// Sets the weights, in f32 where the run keeps them so, else rounded to nearest, and gives every rank what it must hold.
     pub fn load_weights(&mut self, source: &mut Source<'_>) -> Result<()> {
         for (index, u) in self.units.iter_mut().enumerate().filter(|(_, u)| u.owns()) {
             let pieces = u.pieces(false);
@@ -55,7 +55,7 @@ impl Zero {
                 }
             };
             // Padding stays what it always is: zero.
-            weights.fill_with(|values| source(index, &pieces, values))?;
+            weights.fill_rounded(|values| source(index, &pieces, values))?;
         }
         self.spread_weights()
     }
@@ -97,7 +97,7 @@ impl Zero {
 
 impl UnitState {
     /// The boxes of this rank's slice, counted from its start. `owned`: only those that this rank answers for.
-    fn pieces(&self, owned: bool) -> Vec<Piece> {
+    pub(in crate::parallel) fn pieces(&self, owned: bool) -> Vec<Piece> {
         let mut pieces = if owned { self.layout.pieces_owned(self.mine.clone()) } else { self.layout.pieces(self.mine.clone()) };
         for piece in &mut pieces {
             piece.flat = piece.flat.start - self.mine.start..piece.flat.end - self.mine.start;
