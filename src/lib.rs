@@ -8,7 +8,8 @@
 //! parallel/                         tensor, pipeline and ZeRO-sharded data parallelism
 //! ops/  comm/  checkpoint/          operations | collectives | sharded files
 //! plan/ data/  device/              decisions, pure | tokens | where numbers live
-//! config shape dtype rng launch/    the ground
+//! config shape dtype rng launch/
+//! elementary                        the ground
 //! ```
 
 pub mod bench;
@@ -18,6 +19,7 @@ pub mod config;
 pub mod data;
 pub mod device;
 pub mod dtype;
+pub mod elementary;
 pub mod launch;
 pub mod model;
 pub mod ops;

@@ -78,12 +78,13 @@ impl Case {
     fn config(&self) -> Config {
         let Case { family, tied, dtype, replicate, shard, tp, pp, zero, schedule: (schedule, chunks), recompute, .. } = self;
         let Case { sequence, micro, order, lanes, masked, .. } = self;
+        let (dtype, by_chance) = dtype.strip_suffix(" by chance").map_or((*dtype, false), |dtype| (dtype, true));
         let kv = if *family == "llama" { "num_kv_heads = 4" } else { "" };
         let text = format!(
             "[model]\nfamily = \"{family}\"\nhidden_size = 64\nintermediate_size = 160\nnum_layers = 8\nnum_heads = 8\n{kv}\n\
              vocab_size = 499\ntie_word_embeddings = {tied}\n[data]\ndocument_mask = {masked}\n\
              [train]\nsteps = 10\nseq_len = 64\nglobal_batch_size = 16\nmicro_batch_size = {micro}\ndtype = \"{dtype}\"\n\
-             recompute = \"{recompute}\"\n[parallel]\ntp = {tp}\npp = {pp}\ndp_replicate = {replicate}\ndp_shard = {shard}\nzero = {zero}\n\
+             recompute = \"{recompute}\"\n[optimizer]\nstochastic_rounding = {by_chance}\n[parallel]\ntp = {tp}\npp = {pp}\ndp_replicate = {replicate}\ndp_shard = {shard}\nzero = {zero}\n\
              sequence_parallel = {sequence}\npp_schedule = \"{schedule}\"\npp_chunks = {chunks}\n\
              [geometry]\nlanes = {}\norder = \"{order}\"\n",
             replicate * shard * lanes,
@@ -201,6 +202,7 @@ fn one_rank() {
     }
     cases.push(Case { lanes: 4, ..PLAIN });
     cases.push(Case { lanes: 4, order: "rows", zero: 2, ..PLAIN });
+    cases.push(Case { dtype: "f16 by chance", family: "gpt2", tied: true, ..PLAIN });
     hold(&cases);
 }
 
@@ -211,6 +213,7 @@ fn every_zero_stage() {
         for order in ["lanes", "rows"] {
             cases.push(Case { shard: 4, zero, order, ..PLAIN });
             cases.push(Case { shard: 2, lanes: 2, zero, order, recompute: "full", ..PLAIN });
+            cases.push(Case { shard: 4, zero, order, dtype: "bf16 by chance", ..PLAIN });
             cases.push(Case { replicate: 2, shard: 2, zero, order, dtype: "f32", family: "gpt2", tied: true, ..PLAIN });
         }
     }

@@ -355,6 +355,15 @@ fn a_tokenizer_file_tells_the_vocabulary() {
 }
 
 #[test]
+fn rounding_by_chance_is_for_weights_that_are_rounded() {
+    assert!(!good(GOOD, &["train.dtype=bf16"]).optimizer.stochastic_rounding);
+    let chance = good(GOOD, &["train.dtype=bf16", "optimizer.stochastic_rounding=true"]);
+    assert!(Config::parse("again.toml", &chance.to_toml(), &[]).expect("it loads back").0.optimizer.stochastic_rounding);
+    let refused = bad(GOOD, &["train.dtype=f32", "optimizer.stochastic_rounding=true"]);
+    assert!(refused.contains("with `train.dtype` = \"f32\" no weight is rounded") && refused.contains("dtype = \"bf16\""), "{refused}");
+}
+
+#[test]
 fn places_of_state_and_limits_of_memory() {
     let sets = ["parallel.zero=3", "parallel.offload_optimizer=/nvme", "parallel.offload_weights=/nvme", "device.memory=1.5GiB"];
     let config = good(GOOD, &sets);

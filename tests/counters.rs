@@ -13,11 +13,12 @@ use ferrotron::device::gpu::kernels::{SOURCES, Source};
 use ferrotron::device::gpu::matmul::{Edge, Launch, launch_in};
 use ferrotron::device::tensor::Tensor;
 use ferrotron::dtype::Dtype;
-use ferrotron::ops::adamw::{self, Adam, Rounding};
+use ferrotron::ops::adamw::{self, Adam, Chance};
 use ferrotron::ops::attention::{self, Heads, Mask};
 use ferrotron::ops::exact::{LossTotal, SquareSum};
 use ferrotron::ops::rope::{self, Scaling};
 use ferrotron::ops::{activation, cross_entropy, elementwise, embedding, norm, reduce, select};
+use ferrotron::plan::layout::Places;
 use ferrotron::rng::Stream;
 use ferrotron::shape::Shape;
 use half::bf16;
@@ -136,8 +137,10 @@ fn updates(device: &Device, dtype: Dtype) {
         SquareSum::default().add([g.view()]);
         LossTotal::default().add(g.view());
     }
-    for rounding in [Rounding::Nearest, Rounding::Stochastic { seed: 1, first: 0 }] {
-        adamw::step_and_cast(p.view_mut(), m.view_mut(), v.view_mut(), g.view(), weights.view_mut(), &adam, rounding);
+    adamw::step_and_cast(p.view_mut(), m.view_mut(), v.view_mut(), g.view(), weights.view_mut(), &adam);
+    if dtype != Dtype::F32 {
+        let chance = Chance::new(1, "w", 7, Places { first: 0, length: ALL as u64, near: 1, far: 0 });
+        adamw::step_by_chance(weights.view_mut(), m.view_mut(), v.view_mut(), g.view(), &adam, &chance);
     }
 }
 

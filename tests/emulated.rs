@@ -36,13 +36,14 @@ struct Run<'a> {
 impl Run<'_> {
     fn config(&self) -> Config {
         let kv = if self.family == "llama" { "num_kv_heads = 2" } else { "" };
+        let (dtype, by_chance) = self.dtype.strip_suffix(" by chance").map_or((self.dtype, false), |dtype| (dtype, true));
         let text = format!(
             "[model]\nfamily = \"{}\"\nhidden_size = 64\nintermediate_size = 96\nnum_layers = 4\nnum_heads = 4\n{kv}\n\
              vocab_size = 97\ninit_std = 0.1\n\
              [train]\nsteps = 10\nseq_len = 24\nglobal_batch_size = 4\nmicro_batch_size = 1\ndtype = \"{}\"\n\
-             [optimizer]\nlr = 1e-2\ngrad_clip = 0.5\n[geometry]\nshards = 2\nlanes = 2\norder = \"lanes\"\n[device]\nkind = \"{}\"\nmatmul = \"{}\"\n\
-             [parallel]\n{}\n",
-            self.family, self.dtype, self.device, self.matmul, self.layout
+             [optimizer]\nlr = 1e-2\ngrad_clip = 0.5\nstochastic_rounding = {by_chance}\n\
+             [geometry]\nshards = 2\nlanes = 2\norder = \"lanes\"\n[device]\nkind = \"{}\"\nmatmul = \"{}\"\n[parallel]\n{}\n",
+            self.family, dtype, self.device, self.matmul, self.layout
         );
         Config::parse("emulated.toml", &text, &[]).unwrap_or_else(|problems| panic!("{problems}")).0
     }
@@ -78,7 +79,14 @@ fn losses_are_those_of_the_cpu_within_rounding() {
 fn a_checked_step_takes_the_memory_that_was_predicted() {
     let folder = std::env::temp_dir();
     let offload = format!("zero = 3\noffload_optimizer = {folder:?}\noffload_weights = {folder:?}");
-    for (family, dtype, layout) in [("llama", "bf16", ""), ("gpt2", "f32", ""), ("llama", "bf16", &offload), ("gpt2", "f32", &offload)] {
+    for (family, dtype, layout) in [
+        ("llama", "bf16", ""),
+        ("gpt2", "f32", ""),
+        ("gpt2", "bf16 by chance", ""),
+        ("llama", "bf16", &offload),
+        ("gpt2", "f32", &offload),
+        ("llama", "bf16 by chance", &offload),
+    ] {
         let config = Run { family, dtype, device: "emulated", matmul: "auto", layout }.config();
         let plan = Plan::new(&config, 1, None).unwrap_or_else(|problems| panic!("{problems:#?}"));
         let predicted = rehearse(&config, &plan, 0).expect("a rehearsal");
@@ -104,6 +112,8 @@ fn state_on_the_host_gives_the_same_bits() {
         ("gpt2", "f32", 3, "offload_optimizer"),
         ("llama", "f32", 3, "offload_weights"),
         ("gpt2", "bf16", 3, "offload_weights"),
+        ("llama", "bf16 by chance", 3, "offload_optimizer"),
+        ("gpt2", "f16 by chance", 3, "offload_weights"),
     ] {
         let layout = format!("zero = {zero}\n{offload} = {folder:?}");
         let run = Run { family, dtype, device: "emulated", matmul: "auto", layout: "" };
@@ -127,7 +137,9 @@ const LAYOUTS: [(usize, &str); 8] = [
 #[test]
 fn every_layout_gives_the_bits_of_one_rank() {
     let mut different = Vec::new();
-    for (family, dtype, matmul) in [("llama", "bf16", "auto"), ("gpt2", "f32", "auto"), ("llama", "bf16", "own")] {
+    for (family, dtype, matmul) in
+        [("llama", "bf16", "auto"), ("gpt2", "f32", "auto"), ("llama", "bf16", "own"), ("gpt2", "bf16 by chance", "auto")]
+    {
         let run = Run { family, dtype, device: gpu(), matmul, layout: "" };
         let one = run.train(1);
         for (world, layout) in LAYOUTS {

@@ -38,6 +38,12 @@ const SHARING: [Model; 4] = [
     Model { name: "llama kv 1 bf16", family: "llama", kv_heads: 1, tied: false, dtype: "bf16", vocabulary: 97 },
 ];
 
+/// Without master weights: transposed and whole tensors, and shared heads.
+const BY_CHANCE: [Model; 2] = [
+    Model { name: "gpt2 by chance", family: "gpt2", kv_heads: 8, tied: true, dtype: "bf16 by chance", vocabulary: 97 },
+    Model { name: "llama by chance", family: "llama", kv_heads: 2, tied: false, dtype: "bf16 by chance", vocabulary: 97 },
+];
+
 #[derive(Clone, Copy)]
 struct Layout {
     replicate: usize,
@@ -85,12 +91,13 @@ impl Layout {
     fn config(&self, model: &Model) -> Config {
         let Layout { replicate, shard, tp, pp, zero, schedule, chunks, recompute, sequence, micro, order, finer } = self;
         let Model { family, kv_heads, tied, dtype, vocabulary, .. } = model;
+        let (dtype, by_chance) = dtype.strip_suffix(" by chance").map_or((*dtype, false), |dtype| (dtype, true));
         let kv = if *family == "llama" { format!("num_kv_heads = {kv_heads}") } else { String::new() };
         let text = format!(
             "[model]\nfamily = \"{family}\"\nhidden_size = 32\nintermediate_size = 64\nnum_layers = 8\nnum_heads = 8\n{kv}\n\
              vocab_size = {vocabulary}\ntie_word_embeddings = {tied}\ninit_std = 0.1\n\
              [train]\nsteps = 10\nseq_len = 16\nglobal_batch_size = 16\nmicro_batch_size = {micro}\ndtype = \"{dtype}\"\n\
-             recompute = \"{recompute}\"\n[optimizer]\nlr = 1e-2\ngrad_clip = 0.5\n\
+             recompute = \"{recompute}\"\n[optimizer]\nlr = 1e-2\ngrad_clip = 0.5\nstochastic_rounding = {by_chance}\n\
              [parallel]\ntp = {tp}\npp = {pp}\ndp_replicate = {replicate}\ndp_shard = {shard}\nzero = {zero}\n\
              sequence_parallel = {sequence}\npp_schedule = \"{schedule}\"\npp_chunks = {chunks}\n\
              [geometry]\nshards = {}\nlanes = {}\norder = \"{order}\"\n",
@@ -254,6 +261,29 @@ fn shared_heads_learn_what_one_would() {
             }
         }
     }
+}
+
+#[test]
+fn weights_rounded_by_chance() {
+    compare("chance", &meshes(), &BY_CHANCE[..1]);
+    compare("chance", &sharing_heads(), &BY_CHANCE[1..]);
+    let sharded: Vec<Layout> = sharding().into_iter().filter(|layout| layout.order == "lanes").collect();
+    compare("chance", &sharded, &BY_CHANCE);
+}
+
+/// With updates that are mostly less than half of a weight's last place.
+#[test]
+fn chance_learns_what_master_weights_learn() {
+    let last = |dtype| {
+        let mut config = PLAIN.config(&Model { dtype, ..BY_CHANCE[0] });
+        (config.optimizer.lr, config.schedule.min_lr, config.train.steps) = (1e-4, 1e-4, 60);
+        let steps = train(&config, 1, 60).steps;
+        let mean = |steps: &[(u64, u64)]| steps.iter().map(|(loss, _)| f64::from_bits(*loss)).sum::<f64>() / steps.len() as f64;
+        (mean(&steps[..10]), mean(&steps[50..]))
+    };
+    let ((first, with_masters), (_, by_chance)) = (last("bf16"), last("bf16 by chance"));
+    println!("from {first} to {with_masters} with master weights, {by_chance} by chance");
+    assert!((with_masters - by_chance).abs() < 0.1 * (first - with_masters), "{first} to {with_masters}, by chance {by_chance}");
 }
 
 #[test]

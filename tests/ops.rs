@@ -12,10 +12,11 @@ use ferrotron::device::cpu::{Cpu, Isa};
 use ferrotron::device::tensor::{Tensor, View};
 use ferrotron::dispatch;
 use ferrotron::dtype::{Dtype, Element};
-use ferrotron::ops::adamw::{Adam, Rounding};
+use ferrotron::ops::adamw::{Adam, Chance};
 use ferrotron::ops::exact::{LossSum, LossTotal, SquareSum};
 use ferrotron::ops::rope::Scaling;
 use ferrotron::ops::{activation, adamw, cross_entropy, elementwise, embedding, norm, reduce, rope};
+use ferrotron::plan::layout::Places;
 use std::sync::Arc;
 use support::{FLOATS, assert_rounded_once, random, random_ids, relative_error, values};
 
@@ -136,7 +137,7 @@ fn adamw_is_its_definition() {
         let [a, b, c] = &mut other;
         adamw::step(a.view_mut(), b.view_mut(), c.view_mut(), g.view(), &adam);
         let [a, b, c] = &mut state;
-        adamw::step_and_cast(a.view_mut(), b.view_mut(), c.view_mut(), g.view(), weights.view_mut(), &adam, Rounding::Nearest);
+        adamw::step_and_cast(a.view_mut(), b.view_mut(), c.view_mut(), g.view(), weights.view_mut(), &adam);
         assert!(state.iter().zip(&other).all(|(x, y)| bits(x.view()) == bits(y.view())), "both forms are one");
     }
     for (name, got, truth) in [("p", &state[0], &p), ("m", &state[1], &m), ("v", &state[2], &v)] {
@@ -153,10 +154,16 @@ fn rounding_by_chance_keeps_the_mean() {
     // The last two lie among the denormals of f16.
     for dtype in [Dtype::Bf16, Dtype::F16] {
         for x in [1.0f32, 1.003, -0.7001, 300.17, 2.001e-5, -3.3e-7] {
+            // A weight that is x once its decay is off.
             let [mut m, mut v, g] = [(); 3].map(|()| device.zeros([count], Dtype::F32));
-            let (mut p, mut weights) = (f32s(&device, &vec![x; count]), device.empty([count], dtype));
-            let rounding = Rounding::Stochastic { seed: 11, first: 0 };
-            adamw::step_and_cast(p.view_mut(), m.view_mut(), v.view_mut(), g.view(), weights.view_mut(), &adam, rounding);
+            let mut weights = device.empty([count], dtype);
+            elementwise::cast(weights.view_mut(), f32s(&device, &vec![x * 1.01; count]).view());
+            let before = values(weights.view())[0];
+            let decay = 1.0 - x as f64 / before;
+            let x = (before as f32) * ((1.0 - decay) as f32);
+            let places = Places { first: 0, length: 1 << 40, near: 1, far: 0 };
+            let adam = Adam { rate: 1.0, decay, ..adam };
+            adamw::step_by_chance(weights.view_mut(), m.view_mut(), v.view_mut(), g.view(), &adam, &Chance::new(11, "w", 1, places));
             let rounded = values(weights.view());
             let (least, most) = rounded.iter().fold((f64::INFINITY, f64::NEG_INFINITY), |(a, b), &x| (a.min(x), b.max(x)));
             let mut neighbours = rounded.clone();
@@ -304,7 +311,7 @@ fn all_results(device: &Device) -> Vec<(&'static str, Tensor)> {
     elementwise::scale(v.view_mut(), 0.0);
     let adam = Adam { beta1: 0.9, beta2: 0.95, eps: 1e-8, rate: 1e-3, decay: 0.1, step: 3, scale: 1.0 };
     let mut rounded = device.empty([n, c], dtype);
-    adamw::step_and_cast(p.view_mut(), m.view_mut(), v.view_mut(), logits.view(), rounded.view_mut(), &adam, Rounding::Nearest);
+    adamw::step_and_cast(p.view_mut(), m.view_mut(), v.view_mut(), logits.view(), rounded.view_mut(), &adam);
     vec![
         ("rms dx", norm::rms_backward(dy.view(), x.view(), w.view(), r.view())),
         ("layer dx", norm::layer_backward(dy.view(), x.view(), w.view(), stats.view())),

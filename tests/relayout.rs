@@ -7,7 +7,7 @@ mod ranks;
 use ferrotron::config::Config;
 use ferrotron::plan::{Geometry, Order, Plan};
 use ferrotron::rng::Stream;
-use ranks::{Leg, run, train};
+use ranks::{Leg, Trace, run, train};
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -54,12 +54,13 @@ impl Layout {
     fn config(&self, run: &Run) -> Config {
         let Layout { replicate, shard, tp, pp, zero, schedule: (schedule, chunks), recompute, sequence, micro } = self;
         let Run { family, kv_heads, tied, dtype, shards, lanes, order, .. } = run;
+        let (dtype, by_chance) = dtype.strip_suffix(" by chance").map_or((*dtype, false), |dtype| (dtype, true));
         let kv = if *family == "llama" { format!("num_kv_heads = {kv_heads}") } else { String::new() };
         let text = format!(
             "[model]\nfamily = \"{family}\"\nhidden_size = 32\nintermediate_size = 64\nnum_layers = 8\nnum_heads = 8\n{kv}\n\
              vocab_size = 97\ntie_word_embeddings = {tied}\ninit_std = 0.1\n\
              [train]\nsteps = 10\nseq_len = 16\nglobal_batch_size = 16\nmicro_batch_size = {micro}\ndtype = \"{dtype}\"\n\
-             recompute = \"{recompute}\"\n[optimizer]\nlr = 1e-2\ngrad_clip = 0.5\n[schedule]\nwarmup_steps = 3\n\
+             recompute = \"{recompute}\"\n[optimizer]\nlr = 1e-2\ngrad_clip = 0.5\nstochastic_rounding = {by_chance}\n[schedule]\nwarmup_steps = 3\n\
              [parallel]\ntp = {tp}\npp = {pp}\ndp_replicate = {replicate}\ndp_shard = {shard}\nzero = {zero}\n\
              sequence_parallel = {sequence}\npp_schedule = \"{schedule}\"\npp_chunks = {chunks}\n\
              [geometry]\nshards = {shards}\nlanes = {lanes}\norder = \"{order}\"\n"
@@ -86,7 +87,7 @@ impl Choices {
             family,
             kv_heads: self.of(&[1, 2, 4]),
             tied,
-            dtype: ["f32", "bf16"][case % 2],
+            dtype: ["f32", "bf16", "bf16 by chance"][case % 3],
             shards: self.of(&[2, 4]),
             lanes: self.of(&[2, 4]),
             order: self.of(&["lanes", "rows"]),
@@ -167,6 +168,37 @@ fn a_run_that_moves_is_the_run_that_stays() {
         failures.extend(difference.map(|difference| format!("case {case}: {difference}")));
     }
     assert!(failures.is_empty(), "{}", failures.join("\n"));
+}
+
+/// The tensors of a kind, by name.
+fn kind<'a>(trace: &'a Trace, kind: &str) -> Vec<(&'a str, &'a [u8])> {
+    let of_kind = |(name, bytes): (&'a String, &'a Vec<u8>)| Some((name.strip_prefix(kind)?.strip_prefix(' ')?, &bytes[..]));
+    trace.tensors.iter().filter_map(of_kind).collect()
+}
+
+/// A run that goes on with chance drops its master weights; the model that it goes on with is the checkpoint's to the bit. One that goes
+/// on without chance takes the weights for masters.
+#[test]
+fn master_weights_may_be_dropped_and_taken_up() {
+    let config = |dtype| {
+        let run = Run { family: "gpt2", kv_heads: 4, tied: true, dtype, shards: 2, lanes: 2, order: "lanes", rows: 1 };
+        let layout =
+            Layout { replicate: 1, shard: 2, tp: 2, pp: 1, zero: 3, schedule: ("1f1b", 1), recompute: "none", sequence: true, micro: 1 };
+        layout.config(&run)
+    };
+    for (before, after) in [("bf16", "bf16 by chance"), ("bf16 by chance", "bf16"), ("f32", "bf16 by chance"), ("bf16 by chance", "f32")] {
+        let folder = folder(&format!("{before} to {after}"));
+        let saved = run(&config(before), 4, &Leg { from: None, steps: 0..2, save_to: Some(&folder) });
+        let loaded = run(&config(after), 4, &Leg { from: Some(&folder), steps: 2..2, save_to: None });
+        for moment in ["exp_avg", "exp_avg_sq"] {
+            assert!(kind(&loaded, moment) == kind(&saved, moment), "{before} to {after}: {moment}");
+        }
+        assert_eq!(kind(&loaded, "master").is_empty(), after != "bf16", "{after}");
+        if before.starts_with("bf16") && after.starts_with("bf16") {
+            assert!(kind(&loaded, "weights") == kind(&saved, "weights"), "{before} to {after}");
+        }
+        run(&config(after), 4, &Leg { from: Some(&folder), steps: 2..3, save_to: None });
+    }
 }
 
 /// What is said of a layout on the geometry of a checkpoint.

@@ -6,7 +6,7 @@
 use crate::device::Device;
 use crate::device::tensor::Tensor;
 use crate::dtype::Dtype;
-use crate::ops::adamw::{self, Adam, Rounding};
+use crate::ops::adamw::{self, Adam};
 use crate::ops::attention::{self, Heads, Mask};
 use crate::ops::exact::SquareSum;
 use crate::ops::{activation, cross_entropy, elementwise, embedding, matmul, norm, reduce, rope};
@@ -272,7 +272,7 @@ impl Made {
             let mut weights = made.random([1, count]);
             Box::new(move || {
                 let [p, m, v] = [&mut p, &mut m, &mut v].map(Tensor::view_mut);
-                adamw::step_and_cast(p, m, v, g.view(), weights.view_mut(), &adam, Rounding::Nearest);
+                adamw::step_and_cast(p, m, v, g.view(), weights.view_mut(), &adam);
             })
         });
     }

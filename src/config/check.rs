@@ -5,7 +5,8 @@
 
 use super::reader::Findings;
 use super::source::Problem;
-use super::{Data, Eval, Model, Offload, Parallel, Schedule, ScheduleKind, Train};
+use super::{Data, Eval, Model, Offload, Optimizer, Parallel, Schedule, ScheduleKind, Train};
+use crate::dtype::Dtype;
 
 /// Reports a conflict at the first of `keys`, unless one of them is wrong by itself.
 fn conflict(findings: &mut Findings, keys: &[&str], message: String, help: String) {
@@ -25,6 +26,14 @@ pub fn training(train: &Train, findings: &mut Findings) {
     if min > initial {
         let message = format!("`train.loss_scale.min` = {min} is above `train.loss_scale.initial` = {initial}");
         conflict(findings, &["train.loss_scale.min", "train.loss_scale.initial"], message, format!("min {initial} or less"));
+    }
+}
+
+pub fn rounding(optimizer: &Optimizer, train: &Train, findings: &mut Findings) {
+    if optimizer.stochastic_rounding && train.dtype == Dtype::F32 {
+        let message = "`optimizer.stochastic_rounding` is true, but with `train.dtype` = \"f32\" no weight is rounded".to_string();
+        let help = "dtype = \"bf16\" or \"f16\", or stochastic_rounding = false".to_string();
+        conflict(findings, &["optimizer.stochastic_rounding", "train.dtype"], message, help);
     }
 }
 

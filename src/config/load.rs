@@ -97,6 +97,7 @@ fn read(mut table: Table, stem: &str, findings: &mut Findings) -> Option<Config>
     check::offload(&parallel, findings);
     if let Some(train) = &train {
         check::training(train, findings);
+        check::rounding(&optimizer, train, findings);
         check::schedule(&schedule, train.steps, optimizer.lr, findings);
     }
     if let (Some(train), Some(model)) = (&train, &model) {
@@ -242,6 +243,7 @@ fn optimizer(mut r: Reader) -> Optimizer {
             })
             .collect(),
         grad_clip: r.number("grad_clip", |x| x >= 0.0, "of 0 or more").unwrap_or(1.0),
+        stochastic_rounding: r.flag("stochastic_rounding").unwrap_or(false),
     };
     r.finish();
     optimizer

@@ -154,7 +154,8 @@ pub struct Train {
     pub global_batch_size: usize,
     /// Sequences in one forward pass of one rank. Default 1.
     pub micro_batch_size: usize,
-    /// Format of weights and activations: `f32`, `bf16` or `f16`. Master weights and moments are f32. Default `bf16`.
+    /// Format of weights and activations: `f32`, `bf16` or `f16`. Master weights and moments are f32
+    /// (`optimizer.stochastic_rounding`: no master weights). Default `bf16`.
     #[serde(serialize_with = "name")]
     pub dtype: Dtype,
     /// What the backward pass computes again instead of keeping. Default `none`.
@@ -274,6 +275,9 @@ pub struct Optimizer {
     pub no_decay: Vec<String>,
     /// Largest norm of the gradient; 0: no clipping. Default 1.
     pub grad_clip: f64,
+    /// True: weights in bf16 or f16 have no f32 master weights beside them, which saves four bytes a weight. After an update each is rounded
+    /// to one of its two neighbours by chance, so that small updates come to pass now and then instead of never. Default false.
+    pub stochastic_rounding: bool,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

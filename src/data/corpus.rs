@@ -43,6 +43,22 @@ impl TokenType {
         if vocabulary <= 1 << 16 { TokenType::U16 } else { TokenType::U32 }
     }
 
+    /// Writes ids as they rest in a file. They are of a vocabulary that this type is for.
+    pub fn narrow(self, tokens: &[u32], bytes: &mut [u8]) {
+        match self {
+            TokenType::U16 => {
+                for (pair, &token) in bytes.as_chunks_mut::<2>().0.iter_mut().zip(tokens) {
+                    *pair = u16::try_from(token).expect("a vocabulary of up to 65536 ids has ids of 16 bits").to_le_bytes();
+                }
+            }
+            TokenType::U32 => {
+                for (four, token) in bytes.as_chunks_mut::<4>().0.iter_mut().zip(tokens) {
+                    *four = token.to_le_bytes();
+                }
+            }
+        }
+    }
+
     fn widen(self, bytes: &[u8], tokens: &mut [u32]) {
         match self {
             TokenType::U16 => {

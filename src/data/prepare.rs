@@ -58,7 +58,8 @@ pub fn prepare_in_shards(inputs: &[PathBuf], tokenizer: &Tokenizer, out: &Path, 
         return Ok(Prepared { folder: out.to_path_buf(), manifest, reused: true });
     }
     let sources = heading.sources.clone();
-    let mut text = TextWriter { tokenizer, writer: ShardWriter::create(out, heading, shard_tokens)?, tokens: Vec::new(), documents: 0 };
+    let writer = ShardWriter::create(out, heading, shard_tokens)?;
+    let mut text = TextWriter { tokenizer, writer, chunk: Vec::new(), tokens: Vec::new(), documents: 0 };
     for source in &sources {
         text.add(source)?;
     }
@@ -84,7 +85,8 @@ fn heading(tokenizer: &Tokenizer, sources: Vec<SourceFile>) -> Heading {
 struct TextWriter<'a> {
     tokenizer: &'a Tokenizer,
     writer: ShardWriter,
-    /// Kept between calls for its memory only.
+    /// Kept between calls for their memory only.
+    chunk: Vec<u8>,
     tokens: Vec<u32>,
     documents: usize,
 }
@@ -105,16 +107,16 @@ impl TextWriter<'_> {
 
     /// A file as one document; an empty one is none.
     fn add_file(&mut self, path: &Path, mut file: File) -> Result<()> {
-        let mut chunk = vec![0; CHUNK_BYTES];
+        self.chunk.resize(CHUNK_BYTES, 0);
         let mut any = false;
         loop {
-            let count = file.read(&mut chunk).with_context(|| format!("reading {}", path.display()))?;
+            let count = file.read(&mut self.chunk).with_context(|| format!("reading {}", path.display()))?;
             if count == 0 {
                 break;
             }
             any = true;
             self.tokens.clear();
-            self.tokenizer.encode(&chunk[..count], &mut self.tokens);
+            self.tokenizer.encode(&self.chunk[..count], &mut self.tokens);
             self.writer.write(&self.tokens)?;
         }
         if any { self.end_document() } else { Ok(()) }

@@ -17,6 +17,9 @@ pub const MANIFEST: &str = "manifest.json";
 const FORMAT: &str = "ferrotron tokens";
 const VERSION: u32 = 1;
 
+/// Bytes that are written to a shard in one go.
+const WAITING_BYTES: usize = 1 << 20;
+
 /// What lies in a folder of shards, and what it was made from.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -132,7 +135,8 @@ pub struct ShardWriter {
     current: Option<File>,
     shards: Vec<Shard>,
     tokens: usize,
-    bytes: Vec<u8>,
+    /// Bytes of the current shard that are still to be written: a document may be small.
+    waiting: Vec<u8>,
 }
 
 impl ShardWriter {
@@ -153,7 +157,7 @@ impl ShardWriter {
             current: None,
             shards: Vec::new(),
             tokens: 0,
-            bytes: Vec::new(),
+            waiting: Vec::new(),
         })
     }
 
@@ -164,22 +168,25 @@ impl ShardWriter {
             }
             let shard = self.shards.last_mut().expect("a shard was started");
             let (now, later) = tokens.split_at((self.shard_tokens - shard.tokens).min(tokens.len()));
-            self.bytes.clear();
-            match self.dtype {
-                TokenType::U16 => self
-                    .bytes
-                    .extend(now.iter().flat_map(|&token| {
-                        u16::try_from(token).expect("a vocabulary of up to 65536 ids has ids of 16 bits").to_le_bytes()
-                    })),
-                TokenType::U32 => self.bytes.extend(now.iter().flat_map(|token| token.to_le_bytes())),
-            }
+            let filled = self.waiting.len();
+            self.waiting.resize(filled + now.len() * self.dtype.bytes(), 0);
+            self.dtype.narrow(now, &mut self.waiting[filled..]);
             shard.tokens += now.len();
             self.tokens += now.len();
-            let path = self.folder.join(temporary(&shard.file));
-            let file = self.current.as_mut().expect("a shard was started");
-            file.write_all(&self.bytes).with_context(|| format!("writing {}", path.display()))?;
+            if self.waiting.len() >= WAITING_BYTES {
+                self.write_waiting()?;
+            }
             tokens = later;
         }
+        Ok(())
+    }
+
+    fn write_waiting(&mut self) -> Result<()> {
+        if let (Some(file), Some(shard)) = (&mut self.current, self.shards.last()) {
+            let at = || format!("writing {}", self.folder.join(temporary(&shard.file)).display());
+            file.write_all(&self.waiting).with_context(at)?;
+        }
+        self.waiting.clear();
         Ok(())
     }
 
@@ -238,6 +245,7 @@ impl ShardWriter {
     }
 
     fn finish_shard(&mut self) -> Result<()> {
+        self.write_waiting()?;
         if let Some(file) = self.current.take() {
             file.sync_all().with_context(|| format!("writing shards to {}", self.folder.display()))?;
         }

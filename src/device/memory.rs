@@ -49,6 +49,8 @@ pub struct Buffer {
     memory: Arc<Memory>,
     place: Place,
     bytes: usize,
+    /// Nobody has had these bytes before, so they are zero.
+    is_new: bool,
 }
 
 #[derive(Debug)]
@@ -84,12 +86,13 @@ impl Memory {
             state.bytes_peak = state.bytes_peak.max(state.bytes_live);
             state.free.get_mut(&count).and_then(Vec::pop)
         };
+        let is_new = matches!(memory.backing, Backing::Host) && reused.is_none();
         let place = match &memory.backing {
             Backing::Host => Place::Host(reused.unwrap_or_else(|| Pages::zeroed(count * 64))),
             Backing::Gpu(queue) => Place::Gpu(queue.run(|driver| driver.allocate(count * 64))),
             Backing::Nothing { .. } => Place::Nowhere,
         };
-        Buffer { memory: memory.clone(), place, bytes }
+        Buffer { memory: memory.clone(), place, bytes, is_new }
     }
 
     /// A buffer of `bytes` that lies in `file`; on a device that only counts there is none.
@@ -97,7 +100,7 @@ impl Memory {
         let counts = matches!(memory.backing, Backing::Nothing { .. });
         assert_eq!(counts, file.is_none(), "a device that holds numbers has a file to put them in");
         memory.lock().bytes_offloaded += Memory::bytes_taken(bytes);
-        Buffer { memory: memory.clone(), place: Place::File(file), bytes }
+        Buffer { memory: memory.clone(), place: Place::File(file), bytes, is_new: true }
     }
 
     /// Whether a GPU has this memory, or would have it.
@@ -156,6 +159,11 @@ impl Buffer {
     /// What the buffer keeps out of the device's memory.
     pub fn bytes_offloaded(&self) -> usize {
         Memory::bytes_taken(self.bytes) - self.bytes_taken()
+    }
+
+    /// Whether these bytes are zero as the system gave them: pages that nobody touches take no memory and no time.
+    pub fn is_new(&self) -> bool {
+        self.is_new
     }
 
     /// Where a GPU finds it.

@@ -138,8 +138,13 @@ impl Device {
     }
 
     pub fn zeros(&self, shape: impl Into<Shape>, dtype: Dtype) -> Tensor {
-        let mut tensor = self.empty(shape, dtype);
-        tensor.view_mut().fill_zero();
+        let shape = shape.into();
+        let buffer = Memory::allocate(self.memory(), shape.numel() * dtype.bytes());
+        let is_new = buffer.is_new();
+        let mut tensor = Tensor::from_parts(self.clone(), buffer, shape, dtype);
+        if !is_new {
+            tensor.view_mut().fill_zero();
+        }
         tensor
     }
 

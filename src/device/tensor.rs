@@ -5,8 +5,11 @@
 use crate::device::Device;
 use crate::device::gpu::driver::{Argument, Stream};
 use crate::device::memory::Buffer;
-use crate::dtype::{Dtype, Stored};
+use crate::dispatch;
+use crate::dtype::{Dtype, Element, Stored};
 use crate::shape::Shape;
+use anyhow::Result;
+use rayon::iter::{IntoParallelRefIterator, ParallelIterator};
 use std::ops::Range;
 
 /// Bytes that a thread clears at least, so that waking it pays.
@@ -264,6 +267,31 @@ impl<'a> ViewMut<'a> {
             }
             Device::Dry(_) => {}
         }
+    }
+
+    /// Lets `fill` write the numbers of the window: in place where they lie on the host, else in a buffer of zeros that is then copied.
+    pub fn fill_with<T: Stored>(mut self, fill: impl FnOnce(&mut [T]) -> Result<()>) -> Result<()> {
+        if let Device::Cpu(_) = self.device {
+            return fill(self.slice_mut::<T>());
+        }
+        let mut values = vec![bytemuck::Zeroable::zeroed(); self.shape.numel()];
+        fill(&mut values)?;
+        self.write(&values);
+        Ok(())
+    }
+
+    /// The same, with f32 numbers that are rounded to the window's dtype.
+    pub fn fill_rounded(self, fill: impl FnOnce(&mut [f32]) -> Result<()>) -> Result<()> {
+        if self.dtype == Dtype::F32 {
+            return self.fill_with(fill);
+        }
+        let mut values = vec![0f32; self.shape.numel()];
+        fill(&mut values)?;
+        dispatch!(self.dtype, T => {
+            let rounded: Vec<T> = values.par_iter().map(|&x| <T as Element>::from_f32(x)).collect();
+            self.write(&rounded);
+        });
+        Ok(())
     }
 
     /// Copies `source`, which has the same number of elements of the same dtype, and may lie on another device.

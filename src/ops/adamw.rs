@@ -5,9 +5,11 @@
 //! p -= rate / (1 - beta1^step) m / (sqrt(v) / sqrt(1 - beta2^step) + eps)
 //! ```
 //!
-//! p, m, v, g are f32; the scalars are computed in f64 and rounded to f32 once.
+//! p, m, v, g are f32; the scalars are computed in f64 and rounded to f32 once. Narrower weights are p, rounded; or there is no p but the
+//! weights themselves, which are then rounded by chance: an update that is less than the last place comes to pass now and then.
 //!
-//! Invariant: element by element, so bits do not depend on how the buffers are cut into ranges. On a GPU (`cuda/adamw.cu`) they are the same.
+//! Invariant: element by element, and chance is a function of an element's place in its tensor, so bits do not depend on how tensors are cut
+//! into ranges. On a GPU (`cuda/adamw.cu`) they are the same.
 
 use crate::args;
 use crate::device::Device;
@@ -18,6 +20,7 @@ use crate::device::tensor::{View, ViewMut};
 use crate::dispatch;
 use crate::dtype::{Dtype, Element};
 use crate::ops::rows::{Rows, over_rows};
+use crate::plan::layout::Places;
 use crate::rng::Stream;
 use half::{bf16, f16};
 
@@ -34,15 +37,35 @@ pub struct Adam {
     pub scale: f32,
 }
 
-/// How weights are rounded from p.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Rounding {
-    /// To nearest even.
-    Nearest,
-    /// To one of the two neighbours, by chance: the share of the way to the greater magnitude is its chance. Small updates are then not lost
-    /// but come to pass now and then. Chance is a function of seed, update, and the element's number: the first has the number `first`.
-    Stochastic { seed: u64, first: u64 },
+/// What chance is drawn from: a tensor's own stream for each update, and where the elements of a slice lie in the tensor.
+#[derive(Clone, Copy, Debug)]
+pub struct Chance {
+    stream: Stream,
+    places: Places,
 }
+
+impl Chance {
+    /// Of update `step` of the tensor `name`.
+    pub fn new(seed: u64, name: &str, step: u64, places: Places) -> Chance {
+        Chance { stream: Stream::new(seed, &format!("rounding of {name} in update {step}")), places }
+    }
+
+    /// The words of the elements from `start` on, which are of one run.
+    #[inline(always)]
+    fn words(&self, start: u64, words: &mut [u32; BLOCK]) {
+        let Places { first, length, near, far } = self.places;
+        let first = first + start / length * far + start % length * near;
+        for (i, word) in words.iter_mut().enumerate() {
+            let number = first + i as u64 * near;
+            let [a, b, c, d] = self.stream.block(number / 4);
+            let (low, high) = if number & 1 == 0 { (a, c) } else { (b, d) };
+            *word = if number & 2 == 0 { low } else { high };
+        }
+    }
+}
+
+/// Elements whose words are drawn together.
+const BLOCK: usize = 64;
 
 /// The scalars of one update.
 #[derive(Clone, Copy)]
@@ -110,65 +133,100 @@ pub fn step(mut p: ViewMut<'_>, mut m: ViewMut<'_>, mut v: ViewMut<'_>, g: View<
 }
 
 /// The same, and `weights` = p, rounded to their dtype, in the same pass over memory.
-pub fn step_and_cast(p: ViewMut<'_>, m: ViewMut<'_>, v: ViewMut<'_>, g: View<'_>, weights: ViewMut<'_>, adam: &Adam, rounding: Rounding) {
+pub fn step_and_cast(mut p: ViewMut<'_>, mut m: ViewMut<'_>, mut v: ViewMut<'_>, g: View<'_>, mut weights: ViewMut<'_>, adam: &Adam) {
     check(&p, &m, &v, g);
     assert_eq!(weights.shape().numel(), g.shape().numel(), "weights as long as their gradient");
     let scalars = adam.scalars();
-    let chance = |seed: u64| Stream::new(seed, &format!("rounding of update {}", adam.step));
-    match (g.device(), rounding) {
-        (Device::Cpu(cpu), Rounding::Nearest) => dispatch!(weights.dtype(), T => {
-            step_and_round::<T>(cpu, [p, m, v], g, weights, scalars, #[inline(always)] |_, p| <T as Element>::from_f32(p));
+    match g.device() {
+        Device::Cpu(cpu) => dispatch!(weights.dtype(), T => {
+            let gs = g.slice::<f32>();
+            let state = (Rows::new(m.slice_mut::<f32>(), 1), Rows::new(v.slice_mut::<f32>(), 1));
+            let out = (Rows::new(p.slice_mut::<f32>(), 1), Rows::new(weights.slice_mut::<T>(), 1));
+            over_rows(
+                cpu,
+                gs.len(),
+                5,
+                (out, state),
+                #[inline(always)]
+                |range, ((p, weights), (m, v))| {
+                    let operands = p.elements.iter_mut().zip(weights.elements).zip(m.elements).zip(v.elements).zip(&gs[range]);
+                    for ((((p, w), m), v), g) in operands {
+                        (*p, *m, *v) = update(*p, *m, *v, *g, scalars);
+                        *w = <T as Element>::from_f32(*p);
+                    }
+                },
+            );
         }),
-        (Device::Cpu(cpu), Rounding::Stochastic { seed, first }) => dispatch!(weights.dtype(), T => {
-            let stream = chance(seed);
-            step_and_round::<T>(cpu, [p, m, v], g, weights, scalars, |element, p| {
-                let number = first + element as u64;
-                T::by_chance(p, stream.block(number / 4)[number as usize % 4])
-            });
-        }),
-        (Device::Gpu(gpu), rounding) => {
-            let (pass, more) = match rounding {
-                Rounding::Nearest => ("adamw_step_and_cast", vec![]),
-                Rounding::Stochastic { seed, first } => {
-                    let (seed, tag) = chance(seed).seed_and_tag();
-                    ("adamw_step_and_round", args![seed, tag, first].to_vec())
-                }
-            };
+        Device::Gpu(gpu) => {
             let count = g.shape().numel();
-            let arguments = [&args![&p, &m, &v, g, &weights, count][..], &scalars.arguments(), &more].concat();
-            gpu.launch(&kernel(pass, weights.dtype()), grid(count), &arguments);
+            let arguments = [&args![&p, &m, &v, g, &weights, count][..], &scalars.arguments()].concat();
+            gpu.launch(&kernel("adamw_step_and_cast", weights.dtype()), grid(count), &arguments);
+        }
+        Device::Dry(_) => {}
+    }
+}
+
+/// One update of weights in bf16 or f16 that have no f32 form besides: p is what they are, and they become p, rounded by chance.
+pub fn step_by_chance(weights: ViewMut<'_>, m: ViewMut<'_>, v: ViewMut<'_>, g: View<'_>, adam: &Adam, chance: &Chance) {
+    check(&m, &m, &v, g);
+    assert_eq!(weights.shape().numel(), g.shape().numel(), "weights as long as their gradient");
+    let scalars = adam.scalars();
+    match (g.device(), weights.dtype()) {
+        (Device::Cpu(cpu), Dtype::Bf16) => step_by_chance_on_cpu::<bf16>(cpu, weights, [m, v], g.slice(), scalars, chance),
+        (Device::Cpu(cpu), Dtype::F16) => step_by_chance_on_cpu::<f16>(cpu, weights, [m, v], g.slice(), scalars, chance),
+        (Device::Cpu(_), dtype) => panic!("weights in {dtype} are not rounded"),
+        (Device::Gpu(gpu), dtype) => {
+            let count = g.shape().numel();
+            let (seed, tag) = chance.stream.seed_and_tag();
+            let Places { first, length, near, far } = chance.places;
+            let chance = args![seed, tag, first, length, near, far];
+            let arguments = [&args![&weights, &m, &v, g, count][..], &scalars.arguments(), &chance].concat();
+            gpu.launch(&kernel("adamw_step_by_chance", dtype), grid(count), &arguments);
         }
         (Device::Dry(_), _) => {}
     }
 }
 
-/// `step_and_cast` on the CPU; `round` gets the element's place and its p.
-#[inline(always)]
-fn step_and_round<T: Element>(
+fn step_by_chance_on_cpu<T: ByChance>(
     cpu: &Cpu,
-    [mut p, mut m, mut v]: [ViewMut<'_>; 3],
-    g: View<'_>,
     mut weights: ViewMut<'_>,
+    [mut m, mut v]: [ViewMut<'_>; 2],
+    gs: &[f32],
     scalars: Scalars,
-    round: impl Fn(usize, f32) -> T + Sync,
+    chance: &Chance,
 ) {
-    let gs = g.slice::<f32>();
     let state = (Rows::new(m.slice_mut::<f32>(), 1), Rows::new(v.slice_mut::<f32>(), 1));
-    let out = (Rows::new(p.slice_mut::<f32>(), 1), Rows::new(weights.slice_mut::<T>(), 1));
     over_rows(
         cpu,
         gs.len(),
-        5,
-        (out, state),
+        8,
+        (Rows::new(weights.slice_mut::<T>(), 1), state),
         #[inline(always)]
-        |range, ((p, weights), (m, v))| {
-            let operands = p.elements.iter_mut().zip(weights.elements).zip(m.elements).zip(v.elements).zip(&gs[range.clone()]);
-            for (i, ((((p, w), m), v), g)) in range.zip(operands) {
-                (*p, *m, *v) = update(*p, *m, *v, *g, scalars);
-                *w = round(i, *p);
+        |range, (weights, (m, v))| {
+            let mut words = [0; BLOCK];
+            let mut start = range.start;
+            let (mut weights, mut m, mut v) = (weights.elements, m.elements, v.elements);
+            while start < range.end {
+                let of_run = chance.places.length - start as u64 % chance.places.length;
+                let count = of_run.min((range.end - start).min(BLOCK) as u64) as usize;
+                chance.words(start as u64, &mut words);
+                let gs = &gs[start..start + count];
+                let operands = head(&mut weights, count).iter_mut().zip(head(&mut m, count)).zip(head(&mut v, count));
+                for (((w, m), v), (g, word)) in operands.zip(gs.iter().zip(&words)) {
+                    let p;
+                    (p, *m, *v) = update(w.to_f32(), *m, *v, *g, scalars);
+                    *w = T::by_chance(p, *word);
+                }
+                start += count;
             }
         },
     );
+}
+
+/// Takes the first `count` elements off a slice.
+#[inline(always)]
+fn head<'a, T>(slice: &mut &'a mut [T], count: usize) -> &'a mut [T] {
+    slice.split_off_mut(..count).expect("operands are of one length")
 }
 
 /// Blocks for `count` elements, as `cuda/adamw.cu` goes over them.
@@ -182,13 +240,8 @@ trait ByChance: Element {
     fn by_chance(x: f32, word: u32) -> Self;
 }
 
-impl ByChance for f32 {
-    fn by_chance(x: f32, _: u32) -> f32 {
-        x
-    }
-}
-
 impl ByChance for bf16 {
+    #[inline(always)]
     fn by_chance(x: f32, word: u32) -> bf16 {
         // Adding chance to the bits that are cut off carries into those that are kept as often as it should.
         if x.is_finite() { bf16::from_bits(((x.to_bits() + (word >> 16)) >> 16) as u16) } else { Element::from_f32(x) }
@@ -196,6 +249,7 @@ impl ByChance for bf16 {
 }
 
 impl ByChance for f16 {
+    #[inline(always)]
     fn by_chance(x: f32, word: u32) -> f16 {
         let (sign, rest) = ((x.to_bits() >> 16) & 0x8000, x.to_bits() & 0x7fff_ffff);
         if rest >= 0x4780_0000 {

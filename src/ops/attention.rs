@@ -21,8 +21,8 @@ use crate::device::cpu::{Cpu, Isa};
 use crate::device::tensor::{Tensor, View};
 use crate::dispatch;
 use crate::dtype::{Dtype, Element};
+use crate::elementary;
 use crate::ops::attention_kernels::{Kernels, Rows};
-use crate::ops::functions;
 use std::ops::Range;
 
 /// Rows of queries that are computed together.
@@ -323,7 +323,7 @@ impl<'a, T: Element> Attention<'a, T> {
             // In a loop of their own, long chains of additions overlap.
             for (row, q) in queries.rows.clone().enumerate() {
                 let state = index * QUERIES + row;
-                part.lse[head].row(q - part.rows.start)[0] = maxima[state] + functions::ln(sums[state] as f64) as f32;
+                part.lse[head].row(q - part.rows.start)[0] = maxima[state] + elementary::ln(sums[state] as f64) as f32;
             }
         }
     }

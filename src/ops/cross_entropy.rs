@@ -24,7 +24,8 @@ use crate::device::gpu::kernel;
 use crate::device::tensor::{Tensor, View, ViewMut};
 use crate::dispatch;
 use crate::dtype::{Dtype, Element};
-use crate::ops::functions::{exp, ln, max as greatest, sum};
+use crate::elementary::ln;
+use crate::ops::functions::{exp, max as greatest, sum};
 use crate::ops::reduce::tree;
 use crate::ops::rows::{Rows, over_rows};
 

@@ -1,4 +1,4 @@
-//! Elementary functions and sums whose bits are the same on every machine: +, -, *, / and bit patterns only, no mathematical library.
+//! Functions of f32 and sums whose bits are the same on every machine: +, -, *, / and bit patterns only, no mathematical library.
 //!
 //! Invariant: a sum over a row adds element i to lane i % LANES and then folds the lanes in halves; nothing but the length decides
 //! the order. The f32 functions are straight-line code, so that loops over them become vector instructions.
@@ -140,63 +140,6 @@ fn fold(mut lanes: [f32; LANES]) -> f32 {
     lanes[0]
 }
 
-/// Natural logarithm of a positive normal number, to about 1e-15. Zero, negative and non-finite arguments give what f64::ln gives.
-pub fn ln(x: f64) -> f64 {
-    if x.is_nan() || x < 0.0 {
-        return f64::NAN;
-    }
-    if x == 0.0 {
-        return f64::NEG_INFINITY;
-    }
-    if x == f64::INFINITY {
-        return x;
-    }
-    let bits = x.to_bits();
-    let mut exponent = (bits >> 52) as i32 - 1023;
-    let mut m = f64::from_bits((bits & ((1 << 52) - 1)) | (1023 << 52));
-    if m > std::f64::consts::SQRT_2 {
-        m *= 0.5;
-        exponent += 1;
-    }
-    // ln m = 2 artanh s, with |s| <= 0.172: the series' rest after s^19 is below 1e-17.
-    let s = (m - 1.0) / (m + 1.0);
-    let square = s * s;
-    let series = (0..10).rev().fold(0.0, |series, k| series * square + 1.0 / (2 * k + 1) as f64);
-    2.0 * s * series + exponent as f64 * std::f64::consts::LN_2
-}
-
-/// base^power for a positive base and a result within 1e-300 .. 1e300, to about 1e-14.
-pub fn power(base: f64, power: f64) -> f64 {
-    let x = power * ln(base);
-    assert!(x.abs() < 690.0, "{base}^{power} is out of range");
-    let n = (x * std::f64::consts::LOG2_E).round();
-    let r = x - n * std::f64::consts::LN_2;
-    // Taylor to r^14: the rest is below 1e-18 for |r| <= ln(2) / 2.
-    let p = (1..15).rev().fold(1.0, |p, k| 1.0 + p * r / k as f64);
-    p * f64::from_bits(((n as i64 + 1023) as u64) << 52)
-}
-
-/// Sine and cosine of an angle of less than a million radians, to about 1e-15.
-pub fn sine_cosine(angle: f64) -> (f64, f64) {
-    assert!(angle.abs() < 1_048_576.0, "an angle of {angle} radians is too large to be reduced exactly");
-    // A quarter turn in two parts: the first has 33 bits, so that up to 2^20 of it are exact.
-    let high = f64::from_bits(std::f64::consts::FRAC_PI_2.to_bits() & !((1 << 20) - 1));
-    // What the first part leaves of pi / 2: the dropped bits of the f64, and the 6.1e-17 that the f64 itself lacks.
-    let low = (std::f64::consts::FRAC_PI_2 - high) + 6.123_233_995_736_766e-17;
-    let quarters = (angle * std::f64::consts::FRAC_2_PI).round();
-    let r = (angle - quarters * high) - quarters * low;
-    let square = r * r;
-    // Taylor to r^17 and r^16: the rests are below 1e-17 for |r| <= pi / 4.
-    let sine = r * (1..9).rev().fold(1.0, |s, k| 1.0 - s * square / ((2 * k) * (2 * k + 1)) as f64);
-    let cosine = (1..9).rev().fold(1.0, |s, k| 1.0 - s * square / ((2 * k - 1) * (2 * k)) as f64);
-    match quarters as i64 & 3 {
-        0 => (sine, cosine),
-        1 => (cosine, -sine),
-        2 => (-sine, -cosine),
-        _ => (-cosine, sine),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -226,20 +169,6 @@ mod tests {
             assert!((s as f64 / truth - 1.0).abs() < 3e-7 && (complement as f64 / other - 1.0).abs() < 3e-7, "{x}: {s} {complement}");
         }
         assert!(sigmoid(f32::NAN).0.is_nan());
-    }
-
-    #[test]
-    fn f64_functions_agree_with_the_mathematical_library() {
-        for i in 1..20_000 {
-            let x = i as f64 * 0.37;
-            assert!((ln(x) - x.ln()).abs() <= 1e-15 * x.ln().abs().max(1.0), "ln {x}");
-            assert!((ln(1.0 / x) + x.ln()).abs() <= 1e-15 * x.ln().abs().max(1.0), "ln 1 / {x}");
-            let (sine, cosine) = sine_cosine(x * 50.0);
-            assert!((sine - (x * 50.0).sin()).abs() < 1e-15 && (cosine - (x * 50.0).cos()).abs() < 1e-15, "angle {}", x * 50.0);
-            let e = i as f64 / 20_000.0;
-            assert!((power(5e5, e) / 5e5f64.powf(e) - 1.0).abs() < 1e-14, "{e}");
-        }
-        assert!(ln(0.0) == f64::NEG_INFINITY && ln(f64::NAN).is_nan() && ln(f64::INFINITY) == f64::INFINITY);
     }
 
     #[test]

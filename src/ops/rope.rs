@@ -17,7 +17,7 @@ use crate::device::gpu::kernel;
 use crate::device::tensor::{Tensor, View, ViewMut};
 use crate::dispatch;
 use crate::dtype::{Dtype, Element};
-use crate::ops::functions::{power, sine_cosine};
+use crate::elementary::{power, sine_cosine};
 use crate::ops::rows::{Rows, over_rows};
 use std::f32::consts::TAU;
 use std::ops::Range;

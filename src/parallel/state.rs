@@ -43,17 +43,19 @@ impl Zero {
         Ok(held)
     }
 
-    /// Sets the weights, in f32 where the run keeps them so, and gives every rank what it must hold.
+    /// Sets the weights, in f32 where the run keeps them so, else rounded to nearest, and gives every rank what it must hold.
     pub fn load_weights(&mut self, source: &mut Source<'_>) -> Result<()> {
         for (index, u) in self.units.iter_mut().enumerate().filter(|(_, u)| u.owns()) {
-            let values = u.read(index, source)?;
-            match &mut u.master {
-                Some(master) => master.view_mut().write(&values),
+            let pieces = u.pieces(false);
+            let weights = match &mut u.master {
+                Some(master) => master.view_mut(),
                 None => {
                     u.weights.settle()?;
-                    u.weights.mine_mut(&u.mine).write(&values);
+                    u.weights.mine_mut(&u.mine)
                 }
-            }
+            };
+            // Padding stays what it always is: zero.
+            weights.fill_rounded(|values| source(index, &pieces, values))?;
         }
         self.spread_weights()
     }
@@ -61,8 +63,9 @@ impl Zero {
     /// Sets the first (`which` 0) or second (1) moments.
     pub fn load_moments(&mut self, which: usize, source: &mut Source<'_>) -> Result<()> {
         for (index, u) in self.units.iter_mut().enumerate().filter(|(_, u)| u.owns()) {
-            let values = u.read(index, source)?;
-            u.moments.as_mut().expect("only a tied unit has no moments")[which].view_mut().write(&values);
+            let pieces = u.pieces(false);
+            let moments = u.moments.as_mut().expect("only a tied unit has no moments");
+            moments[which].view_mut().fill_with(|values| source(index, &pieces, values))?;
         }
         Ok(())
     }
@@ -94,17 +97,11 @@ impl Zero {
 
 impl UnitState {
     /// The boxes of this rank's slice, counted from its start. `owned`: only those that this rank answers for.
-    fn pieces(&self, owned: bool) -> Vec<Piece> {
+    pub(in crate::parallel) fn pieces(&self, owned: bool) -> Vec<Piece> {
         let mut pieces = if owned { self.layout.pieces_owned(self.mine.clone()) } else { self.layout.pieces(self.mine.clone()) };
         for piece in &mut pieces {
             piece.flat = piece.flat.start - self.mine.start..piece.flat.end - self.mine.start;
         }
         pieces
-    }
-
-    fn read(&self, index: usize, source: &mut Source<'_>) -> Result<Vec<f32>> {
-        let mut values = vec![0.0; self.mine.len()];
-        source(index, &self.pieces(false), &mut values)?;
-        Ok(values)
     }
 }

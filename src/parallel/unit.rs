@@ -5,13 +5,13 @@
 use crate::device::tensor::{Tensor, View};
 use crate::device::{Device, Shelf};
 use crate::dtype::Dtype;
-use crate::ops::adamw::{self, Adam, Rounding};
+use crate::ops::adamw::{self, Adam, Chance};
 use crate::ops::elementwise;
 use crate::parallel::flat::Weights;
 use crate::parallel::gradients::{Gradients, Rules};
 use crate::parallel::weights::{Gathered, WeightBuffer};
 use crate::plan::catalog::Kind;
-use crate::plan::layout::UnitLayout;
+use crate::plan::layout::{Piece, UnitLayout};
 use crate::plan::{Plan, RankPlan};
 use anyhow::{Context, Result};
 use std::ops::Range;
@@ -22,7 +22,7 @@ pub struct UnitState {
     pub mine: Range<usize>,
     pub tie: Tie,
     pub weights: WeightBuffer,
-    /// f32 weights of `mine`, where the weights themselves are narrower.
+    /// f32 weights of `mine`, where the weights themselves are narrower and not rounded by chance.
     pub master: Option<Tensor>,
     /// First and second moments of `mine`.
     pub moments: Option<[Tensor; 2]>,
@@ -43,6 +43,14 @@ pub enum Tie {
     },
 }
 
+/// A range of a slice, counted from its start.
+struct Part {
+    range: Range<usize>,
+    decays: bool,
+    /// How its weights are rounded, where they have no f32 form besides.
+    chance: Option<Chance>,
+}
+
 /// Where the state of a rank's units lies.
 struct Home {
     device: Device,
@@ -58,7 +66,7 @@ pub fn units(device: &Device, rules: &Rules, plan: &Plan, rank: &RankPlan) -> Re
     let ties: Vec<Tie> = kinds.iter().map(|&kind| tie_of(kind, &kinds, plan)).collect();
     let owned = rank.units.iter().zip(&ties).filter(|(_, tie)| !matches!(tie, Tie::Here(_)));
     let lengths: Vec<usize> = owned.map(|((_, layout), _)| slice(rules, layout).len()).collect();
-    let states = if plan.dtype == Dtype::F32 { 2 } else { 3 };
+    let states = if plan.masters { 3 } else { 2 };
     let of_optimizer = lengths.iter().flat_map(|length| vec![length * Dtype::F32.bytes(); states]);
     let of_weights = lengths.iter().map(|length| length * plan.dtype.bytes());
     let optimizer = device.shelf(plan.offload_optimizer.folder(), of_optimizer).context("parallel.offload_optimizer")?;
@@ -106,7 +114,7 @@ impl UnitState {
             (true, _) => WeightBuffer::Whole(Gathered::here(device.zeros([layout.numel], plan.dtype))),
         };
         let mut zeros = || device.zeros_on(&mut home.optimizer, [length], Dtype::F32);
-        let master = (owns && plan.dtype != Dtype::F32).then(&mut zeros).transpose()?;
+        let master = (owns && plan.masters).then(&mut zeros).transpose()?;
         let moments = if owns { Some([zeros()?, zeros()?]) } else { None };
         let gradients = Gradients::new(device, rules, &layout, mine.clone());
         Ok(UnitState { layout, mine, tie, weights, master, moments, gradients, micros: 0 })
@@ -133,33 +141,47 @@ impl UnitState {
         on_host(first.bytes_offloaded()) != on_host(self.weights.bytes_offloaded())
     }
 
-    /// The update is computed where the moments are. What lies elsewhere is copied there, and the new weights back.
-    pub fn step(&mut self, adam: &Adam) {
+    /// The update is computed where the moments are. What lies elsewhere is copied there, and the new weights back. `seed`: of chance.
+    pub fn step(&mut self, adam: &Adam, seed: u64) {
         let apart = self.is_apart();
-        let UnitState { layout, mine, weights, master, moments, gradients, .. } = self;
+        let parts = self.parts(seed, adam.step);
+        let UnitState { mine, weights, master, moments, gradients, .. } = self;
         let [first, second] = moments.as_mut().expect("a unit with weights has moments");
         let home = first.device().clone();
         let moved = (gradients.device().is_gpu() && first.bytes_offloaded() > 0).then(|| copied(&home, gradients.mine()));
         let gradient_here = moved.as_ref().map_or_else(|| gradients.mine(), Tensor::view);
         let mut fresh = apart.then(|| copied(&home, weights.mine(mine)));
-        for (range, decays) in layout.decay_ranges(mine.clone()) {
-            let local = range.start - mine.start..range.end - mine.start;
+        for Part { range, decays, chance } in parts {
             let shape = [range.len()];
             let adam = Adam { decay: if decays { adam.decay } else { 0.0 }, ..*adam };
-            let gradient = gradient_here.part(local.clone(), shape);
-            let (m, v) = (first.view_mut().part(local.clone(), shape), second.view_mut().part(local.clone(), shape));
-            let weights = fresh.as_mut().map_or_else(|| weights.mine_mut(mine), Tensor::view_mut).part(local.clone(), shape);
-            match master {
-                None => adamw::step(weights, m, v, gradient, &adam),
-                Some(master) => {
-                    let p = master.view_mut().part(local, shape);
-                    adamw::step_and_cast(p, m, v, gradient, weights, &adam, Rounding::Nearest);
-                }
+            let gradient = gradient_here.part(range.clone(), shape);
+            let (m, v) = (first.view_mut().part(range.clone(), shape), second.view_mut().part(range.clone(), shape));
+            let weights = fresh.as_mut().map_or_else(|| weights.mine_mut(mine), Tensor::view_mut).part(range.clone(), shape);
+            match (chance, &mut *master) {
+                (Some(chance), _) => adamw::step_by_chance(weights, m, v, gradient, &adam, &chance),
+                (None, None) => adamw::step(weights, m, v, gradient, &adam),
+                (None, Some(master)) => adamw::step_and_cast(master.view_mut().part(range, shape), m, v, gradient, weights, &adam),
             }
         }
         if let Some(fresh) = fresh {
             weights.mine_mut(mine).copy_from(fresh.view());
         }
+    }
+
+    /// What of the slice is updated alike. Padding is zero, and where chance rounds it is left alone.
+    fn parts(&self, seed: u64, step: u64) -> Vec<Part> {
+        if self.master.is_some() || self.weights.mine(&self.mine).dtype() == Dtype::F32 {
+            let local = |range: Range<usize>| range.start - self.mine.start..range.end - self.mine.start;
+            let ranges = self.layout.decay_ranges(self.mine.clone()).into_iter();
+            return ranges.map(|(range, decays)| Part { range: local(range), decays, chance: None }).collect();
+        }
+        let part = |piece: Piece| {
+            // Entries that share a public tensor decay alike.
+            let place = self.layout.places.iter().find(|place| place.entry.name == piece.name).expect("a piece is of a parameter");
+            let chance = Chance::new(seed, &piece.name, step, piece.places());
+            Part { range: piece.flat, decays: place.entry.decay, chance: Some(chance) }
+        };
+        self.pieces(false).into_iter().map(part).collect()
     }
 
     /// The weights become the master weights, rounded.

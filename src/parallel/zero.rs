@@ -216,11 +216,12 @@ impl Zero {
         None
     }
 
-    /// AdamW on the slice this rank owns; then the gathers of what every rank must hold whole are started. `decay` applies where the catalog says so.
-    pub fn update(&mut self, adam: Adam) -> Result<()> {
+    /// AdamW on the slice this rank owns; then the gathers of what every rank must hold whole are started. `decay` applies where the catalog
+    /// says so. `seed`: of chance, where weights are rounded by it.
+    pub fn update(&mut self, adam: Adam, seed: u64) -> Result<()> {
         for u in self.units.iter_mut().filter(|u| u.owns()) {
             u.weights.settle()?;
-            u.step(&adam);
+            u.step(&adam, seed);
             u.spread(&self.rules)?;
         }
         Ok(())

@@ -5,7 +5,6 @@
 //! Invariant: everything here is a function of the model, the sequence length and the policies that the plan states.
 
 use crate::config::{Model, Recompute};
-use crate::dtype::Dtype;
 use crate::plan::Plan;
 use crate::plan::catalog::{self, Kind, Unit};
 use crate::plan::simulate::Costs;
@@ -97,6 +96,6 @@ pub fn stage_costs(units: &[Unit], stages: &[Range<usize>], model: &Model, t: us
 
 /// Bytes of weights, master weights and moments on disk.
 pub fn checkpoint_bytes(plan: &Plan) -> u64 {
-    let master = if plan.dtype == Dtype::F32 { 0 } else { 4 };
+    let master = if plan.masters { 4 } else { 0 };
     catalog::parameters(&plan.units) * (plan.dtype.bytes() as u64 + master + 8)
 }

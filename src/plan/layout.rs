@@ -28,6 +28,37 @@ pub struct Piece {
     pub flat: Range<usize>,
 }
 
+/// Where the elements of a run lie in a public tensor, row-major: `first` is the place of the first; neighbours are `near` apart, of each
+/// `length` that follow each other; the first of the next `length` is `far` from that of these.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Places {
+    pub first: u64,
+    pub length: u64,
+    pub near: u64,
+    pub far: u64,
+}
+
+impl Piece {
+    pub fn places(&self) -> Places {
+        let columns = *self.shape.last().expect("a tensor has dims") as u64;
+        let (row, column) = match self.start[..] {
+            [column] => (0, column as u64),
+            [row, column] => (row as u64, column as u64),
+            _ => unreachable!("boxes have one or two dims"),
+        };
+        let first = row * columns + column;
+        let width = *self.size.last().expect("a box has dims") as u64;
+        if self.transposed {
+            Places { first, length: self.size[0] as u64, near: columns, far: 1 }
+        } else if width == columns {
+            // Whole rows follow each other without a gap.
+            Places { first, length: self.flat.len() as u64, near: 1, far: 0 }
+        } else {
+            Places { first, length: width, near: 1, far: columns }
+        }
+    }
+}
+
 /// The part of the canonical shards that one tensor-parallel rank owns.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Share {

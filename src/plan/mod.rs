@@ -70,6 +70,8 @@ pub struct Plan {
     pub offload_optimizer: Offload,
     pub offload_weights: Offload,
     pub dtype: Dtype,
+    /// Whether there are weights in f32 beside those of `dtype`: narrower ones that are not rounded by chance need them.
+    pub masters: bool,
     pub recompute: Recompute,
     /// Whether the rows of the residual stream are cut over tp: never where tp is 1.
     pub sequence_parallel: bool,
@@ -133,6 +135,7 @@ impl Plan {
             offload_optimizer: config.parallel.offload_optimizer.clone(),
             offload_weights: config.parallel.offload_weights.clone(),
             dtype: train.dtype,
+            masters: train.dtype != Dtype::F32 && !config.optimizer.stochastic_rounding,
             recompute: train.recompute,
             sequence_parallel: config.parallel.sequence_parallel && mesh.tp > 1,
             t: train.seq_len,

@@ -188,7 +188,8 @@ fn write_facts(out: &mut String, config: &Config, plan: &Plan) -> fmt::Result {
     let (name, micros) = (&config.parallel.pp_schedule, plan.schedule.micros);
     let batches = if micros == 1 { "micro-batch" } else { "micro-batches" };
     writeln!(out, "schedule   {name}, {micros} {batches} of {} a rank", plan.micro_batch)?;
-    writeln!(out, "precision  {}, recompute {}", plan.dtype, config.train.recompute.name())
+    let rounding = if config.optimizer.stochastic_rounding { " rounded by chance, no master weights" } else { "" };
+    writeln!(out, "precision  {}{rounding}, recompute {}", plan.dtype, config.train.recompute.name())
 }
 
 fn write_groups(out: &mut String, plan: &Plan) -> fmt::Result {

@@ -69,7 +69,7 @@ impl Speaker {
     /// One rank, f32 weights, nothing of training but the forward pass.
     fn new(config: &Config) -> Result<Speaker> {
         let mut config = config.clone();
-        config.train.dtype = Dtype::F32;
+        (config.train.dtype, config.optimizer.stochastic_rounding) = (Dtype::F32, false);
         (config.train.global_batch_size, config.train.micro_batch_size) = (1, 1);
         let parallel = &mut config.parallel;
         (parallel.tp, parallel.pp, parallel.dp_replicate, parallel.dp_shard, parallel.pp_chunks) = (1, 1, 1, -1, 1);

@@ -62,6 +62,7 @@ mod tests {
             weight_decay: 0.1,
             no_decay: Vec::new(),
             grad_clip: 1.0,
+            stochastic_rounding: false,
         };
         let schedule = Schedule { kind, warmup_steps: 2, decay_steps, min_lr: 1e-4, wsd_decay_steps: 4, wsd_shape: shape };
         (0..steps).map(|step0| rate(&optimizer, &schedule, steps, step0)).collect()

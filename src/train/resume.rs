@@ -8,6 +8,7 @@ use crate::checkpoint::index::{self, Facts, Kind};
 use crate::checkpoint::load::{self, Checkpoint};
 use crate::config::source::Problem;
 use crate::config::{Config, Resume, SumOrder};
+use crate::device::cpu::Isa;
 use crate::dtype::Dtype;
 use crate::model::init;
 use crate::plan::layout::Piece;
@@ -171,7 +172,7 @@ pub fn start(trainer: &mut Trainer, config: &Config) -> Result<()> {
     let (seed, units) = (config.run.seed, trainer.rank.units.clone());
     let plan = trainer.plan.units.clone();
     trainer.stage.zero.load_weights(&mut |unit, pieces, out| {
-        init::fill(seed, &plan[units[unit].0], pieces, out);
+        init::fill(Isa::detect(), seed, &plan[units[unit].0], pieces, out);
         Ok(())
     })
 }

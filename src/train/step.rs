@@ -32,6 +32,7 @@ pub struct Trainer {
     schedule: config::Schedule,
     steps: u64,
     masked: bool,
+    seed: u64,
 }
 
 /// What a step did, the same on every rank.
@@ -68,6 +69,7 @@ impl Trainer {
             schedule: config.schedule.clone(),
             steps: config.train.steps,
             masked: config.data.document_mask,
+            seed: config.run.seed,
             plan,
         })
     }
@@ -86,7 +88,7 @@ impl Trainer {
         let overflow = if applied { None } else { self.first_overflow()? };
         if applied {
             self.updates += 1;
-            self.stage.zero.update(self.adam(rate, norm, loss_scale))?;
+            self.stage.zero.update(self.adam(rate, norm, loss_scale), self.seed)?;
         }
         self.stage.zero.clear();
         self.loss_scale.note(&self.scaling, !applied).with_context(|| {

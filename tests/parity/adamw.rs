@@ -4,9 +4,20 @@ use crate::{AWKWARD, Close, DTYPES, of, random, same};
 use ferrotron::device::Device;
 use ferrotron::device::tensor::Tensor;
 use ferrotron::dtype::Dtype;
-use ferrotron::ops::adamw::{self, Adam, Rounding};
+use ferrotron::ops::adamw::{self, Adam, Chance};
+use ferrotron::ops::elementwise;
+use ferrotron::plan::layout::Places;
 
 const COUNTS: [usize; 6] = [0, 1, 3, 64, 1027, 5003];
+const NARROW: [Dtype; 2] = [Dtype::Bf16, Dtype::F16];
+
+/// Side by side; lines that end anywhere; a transposed tensor, in which the second number is past 2^32.
+const PLACES: [Places; 4] = [
+    Places { first: 3, length: 1 << 40, near: 1, far: 0 },
+    Places { first: (1 << 34) - 700, length: 37, near: 1, far: 4099 },
+    Places { first: 0, length: 128, near: 1, far: 130 },
+    Places { first: 1, length: 61, near: (1 << 33) + 5, far: 1 },
+];
 
 fn adam(step: u64) -> Adam {
     Adam { beta1: 0.9, beta2: 0.95, eps: 1e-8, rate: 1e-2, decay: 0.1, step, scale: 0.37 }
@@ -31,14 +42,21 @@ fn updates() {
             });
         }
         for dtype in DTYPES {
-            for rounding in [Rounding::Nearest, Rounding::Stochastic { seed: 1 << 40 | 5, first: 3 }] {
-                same(&format!("step and cast {dtype} {count} {rounding:?}"), Close::Bits, |device| {
-                    let [mut p, mut m, mut v, g] = state(device, count);
-                    let mut weights = device.zeros([count], dtype);
-                    adamw::step_and_cast(p.view_mut(), m.view_mut(), v.view_mut(), g.view(), weights.view_mut(), &adam(2), rounding);
-                    vec![p, m, v, weights]
-                });
-            }
+            same(&format!("step and cast {dtype} {count}"), Close::Bits, |device| {
+                let [mut p, mut m, mut v, g] = state(device, count);
+                let mut weights = device.zeros([count], dtype);
+                adamw::step_and_cast(p.view_mut(), m.view_mut(), v.view_mut(), g.view(), weights.view_mut(), &adam(2));
+                vec![p, m, v, weights]
+            });
+        }
+        for (dtype, places) in NARROW.into_iter().flat_map(|dtype| PLACES.map(|places| (dtype, places))) {
+            let chance = Chance::new(1 << 40 | 5, "h.0.weight", 2, places);
+            same(&format!("step by chance {dtype} {count} {places:?}"), Close::Bits, |device| {
+                let [_, mut m, mut v, g] = state(device, count);
+                let mut weights = random(device, "w", &[count], dtype, 1.0);
+                adamw::step_by_chance(weights.view_mut(), m.view_mut(), v.view_mut(), g.view(), &adam(2), &chance);
+                vec![weights, m, v]
+            });
         }
     }
 }
@@ -49,21 +67,21 @@ fn windows_that_begin_anywhere() {
     for dtype in DTYPES {
         // All by the same, as slices of flat buffers do; and each by its own.
         for starts in [[1, 1, 1, 1, 1], [6, 6, 6, 6, 6], [3, 3, 3, 3, 5], [0, 1, 2, 3, 4], [4, 4, 4, 4, 1]] {
-            for rounding in [Rounding::Nearest, Rounding::Stochastic { seed: 9, first: (1 << 34) - 700 }] {
-                same(&format!("{dtype} from {starts:?} {rounding:?}"), Close::Bits, |device| {
+            for chance in [None, Some(Chance::new(9, "w", 1, PLACES[0])), Some(Chance::new(9, "w", 1, PLACES[1]))] {
+                if dtype == Dtype::F32 && chance.is_some() {
+                    continue;
+                }
+                same(&format!("{dtype} from {starts:?} {chance:?}"), Close::Bits, |device| {
                     let [mut p, mut m, mut v, g] = state(device, count + 8);
-                    let mut weights = device.zeros([count + 8], dtype);
+                    let mut weights = random(device, "w", &[count + 8], dtype, 1.0);
                     let [a, b, c, d, e] = starts.map(|start| start..start + count);
                     let shape = [count];
-                    adamw::step_and_cast(
-                        p.view_mut().part(a, shape),
-                        m.view_mut().part(b, shape),
-                        v.view_mut().part(c, shape),
-                        g.view().part(d, shape),
-                        weights.view_mut().part(e, shape),
-                        &adam(1),
-                        rounding,
-                    );
+                    let (m_part, v_part, g_part) = (m.view_mut().part(b, shape), v.view_mut().part(c, shape), g.view().part(d, shape));
+                    let w_part = weights.view_mut().part(e, shape);
+                    match chance {
+                        None => adamw::step_and_cast(p.view_mut().part(a, shape), m_part, v_part, g_part, w_part, &adam(1)),
+                        Some(chance) => adamw::step_by_chance(w_part, m_part, v_part, g_part, &adam(1), &chance),
+                    }
                     vec![p, m, v, weights]
                 });
             }
@@ -77,44 +95,56 @@ fn awkward_numbers() {
     let repeated: Vec<f32> = AWKWARD.iter().flat_map(|&x| [x; AWKWARD.len()]).collect();
     let cycled: Vec<f32> = AWKWARD.iter().cycle().take(count).copied().collect();
     for dtype in DTYPES {
-        for rounding in [Rounding::Nearest, Rounding::Stochastic { seed: 2, first: 0 }] {
-            same(&format!("awkward {dtype} {rounding:?}"), Close::Bits, |device| {
-                let (mut p, g) = (of(device, &[count], Dtype::F32, &repeated), of(device, &[count], Dtype::F32, &cycled));
-                let (mut m, mut v) = (device.zeros([count], Dtype::F32), of(device, &[count], Dtype::F32, &vec![1e-12; count]));
-                let mut weights = device.zeros([count], dtype);
-                adamw::step_and_cast(p.view_mut(), m.view_mut(), v.view_mut(), g.view(), weights.view_mut(), &adam(3), rounding);
-                vec![p, m, v, weights]
+        let moments = |device: &Device| (device.zeros([count], Dtype::F32), of(device, &[count], Dtype::F32, &vec![1e-12; count]));
+        same(&format!("awkward {dtype}"), Close::Bits, |device| {
+            let (mut p, g) = (of(device, &[count], Dtype::F32, &repeated), of(device, &[count], Dtype::F32, &cycled));
+            let ((mut m, mut v), mut weights) = (moments(device), device.zeros([count], dtype));
+            adamw::step_and_cast(p.view_mut(), m.view_mut(), v.view_mut(), g.view(), weights.view_mut(), &adam(3));
+            vec![p, m, v, weights]
+        });
+        if NARROW.contains(&dtype) {
+            same(&format!("awkward by chance {dtype}"), Close::Bits, |device| {
+                let (mut weights, g) = (of(device, &[count], dtype, &repeated), of(device, &[count], Dtype::F32, &cycled));
+                let (mut m, mut v) = moments(device);
+                let chance = Chance::new(2, "w", 3, PLACES[0]);
+                adamw::step_by_chance(weights.view_mut(), m.view_mut(), v.view_mut(), g.view(), &adam(3), &chance);
+                vec![weights, m, v]
             });
         }
     }
 }
 
-/// Chance belongs to an element's number: no matter in which slice it lies.
+/// Chance belongs to an element's place in its tensor: no matter in which slice it lies, and how.
 #[test]
 fn slices_round_as_the_whole() {
-    let count = 1003;
+    let (rows, columns) = (17, 59);
+    let count = rows * columns;
+    let values: Vec<f32> = (0..count).map(|i| (i as f32 * 0.37).sin()).collect();
+    let transpose = |values: &[f32]| (0..count).map(|i| values[i % rows * columns + i / rows]).collect::<Vec<f32>>();
     for device in [Device::cpu(1), Device::emulated(Some(1), false, 1)] {
-        for dtype in DTYPES {
-            let whole = |cuts: &[usize]| {
-                let [mut p, mut m, mut v, g] = state(&device, count);
-                let mut weights = device.zeros([count], dtype);
+        for dtype in NARROW {
+            let rounded = |values: &[f32], cuts: &[usize], places: &dyn Fn(usize) -> Places| {
+                let (mut weights, g) = (of(&device, &[count], dtype, values), of(&device, &[count], Dtype::F32, values));
+                let [mut m, mut v] = [(); 2].map(|()| device.zeros([count], Dtype::F32));
                 for cut in cuts.windows(2) {
                     let (range, shape) = (cut[0]..cut[1], [cut[1] - cut[0]]);
-                    let [p, m, v] = [&mut p, &mut m, &mut v].map(|x| x.view_mut().part(range.clone(), shape));
-                    let rounding = Rounding::Stochastic { seed: 4, first: 100 + cut[0] as u64 };
-                    adamw::step_and_cast(
-                        p,
-                        m,
-                        v,
-                        g.view().part(range.clone(), shape),
-                        weights.view_mut().part(range, shape),
-                        &adam(5),
-                        rounding,
-                    );
+                    let [m, v] = [&mut m, &mut v].map(|x| x.view_mut().part(range.clone(), shape));
+                    let g = g.view().part(range.clone(), shape);
+                    let chance = Chance::new(4, "w", 5, places(cut[0]));
+                    adamw::step_by_chance(weights.view_mut().part(range, shape), m, v, g, &adam(5), &chance);
                 }
-                weights.view().to_bytes()
+                let mut wide = device.empty([count], Dtype::F32);
+                elementwise::cast(wide.view_mut(), weights.view());
+                wide.to_vec::<f32>()
             };
-            assert!(whole(&[0, count]) == whole(&[0, 1, 7, 500, count]), "{dtype}");
+            let whole = |from: usize| Places { first: from as u64, length: 1 << 48, near: 1, far: 0 };
+            let expected = rounded(&values, &[0, count], &whole);
+            assert_eq!(rounded(&values, &[0, 1, 7, 500, count], &whole), expected, "{dtype} in ranges");
+            let by_rows = |_| Places { first: 0, length: columns as u64, near: 1, far: columns as u64 };
+            assert_eq!(rounded(&values, &[0, count], &by_rows), expected, "{dtype} by rows");
+            let by_columns = |from: usize| Places { first: (from / rows) as u64, length: rows as u64, near: columns as u64, far: 1 };
+            let cuts = [0, rows, 5 * rows, count];
+            assert_eq!(rounded(&transpose(&values), &cuts, &by_columns), transpose(&expected), "{dtype} by columns");
         }
     }
 }
