@@ -77,6 +77,8 @@ struct Into<'a> {
     dq: &'a mut [f32],
     dk: &'a mut [f32],
     dv: &'a mut [f32],
+    /// Whether the sums of keys and values begin here.
+    begins: bool,
 }
 
 impl<T: Element> Attention<'_, T> {
@@ -137,14 +139,18 @@ impl<T: Element> Attention<'_, T> {
                 v: self.blocks.pack(&v, block.len(), dim, v_columns),
                 k_rows: self.blocks.pack(&k_rows, dim, block.len(), packed_rows),
             };
-            let touched = block.len() * width;
-            dk_sums[..touched].fill(0.0);
-            dv_sums[..touched].fill(0.0);
+            // The first block of queries writes the sums of the keys that it sees, later ones add to them.
+            let written = block.len().min(self.queries) * width;
+            for sums in [&mut *dk_sums, &mut *dv_sums] {
+                sums[written..block.len() * width].fill(0.0);
+            }
             for queries in &all {
                 if let Some(seen) = queries.seen(&block) {
                     let row = (queries.head - key_head * group) * self.t + queries.rows.start;
                     let dq = &mut dq_sums[row * width..][..queries.rows.len() * width];
-                    self.backward_block(queries, seen, &of_keys, given, &mut work, Into { dq, dk: dk_sums, dv: dv_sums });
+                    let begins = queries.head == key_head * group && queries.rows.start == block.start;
+                    let to = Into { dq, dk: dk_sums, dv: dv_sums, begins };
+                    self.backward_block(queries, seen, &of_keys, given, &mut work, to);
                 }
             }
             for (sums, factor, out) in [(&*dk_sums, self.scale(), &mut dk), (&*dv_sums, 1.0, &mut dv)] {
@@ -197,6 +203,7 @@ impl<T: Element> Attention<'_, T> {
         let (rows, width, stride, shift) = (queries.rows.len(), self.width, self.keys, queries.shift(seen.start));
         let Work { packed: [packed_q, packed_dout], scores: [scores, dweights], weights, gradients, pairs, scratch } = work;
         let Queries { sequence, head, rows: of_sequence, .. } = queries;
+        let Into { dq, dk, dv, begins } = to;
         let first = sequence * self.t + of_sequence.start;
         let q = self.head(*sequence, of_sequence.start, *head, Along::K);
         let dout = Operand { data: &given.dout[first * query * dim + head * dim..], stride: query * dim, along: Along::K };
@@ -226,25 +233,18 @@ impl<T: Element> Attention<'_, T> {
         softmax::backward(self.isa, block);
         let q_rows = blocks.pack(&Operand { along: Along::X, ..q }, dim, rows, packed_q);
         let dout_rows = blocks.pack(&Operand { along: Along::X, ..dout }, dim, rows, packed_dout);
-        for (data, units, b, to) in [(&*weights, weight_pairs, dout_rows, to.dv), (&*gradients, gradient_pairs, q_rows, to.dk)] {
+        for (data, units, b, to) in [(&*weights, weight_pairs, dout_rows, dv), (&*gradients, gradient_pairs, q_rows, dk)] {
             let by_key = if softmax::pairs(self.isa, T::DTYPE) {
                 Left::Units { units, stride }
             } else {
                 Left::Plain(Operand { data, stride, along: Along::X })
             };
-            let to = Sum { sums: to, stride: width, how: Sums::Resume };
+            let to = Sum { sums: to, stride: width, how: if begins { Sums::Store } else { Sums::Resume } };
             blocks.multiply(&by_key, b, [seen.len(), dim, rows], to, scratch, Seen::From { shift });
         }
         // Beyond the keys seen, gradients are zero: whole units may be read.
         let (by_query, count) = (Left::Plain(Operand { data: gradients, stride, along: Along::K }), blocks.whole(seen.len()));
         let how = if queries.begin_at(keys.range.start, self.keys) { Sums::Store } else { Sums::Resume };
-        blocks.multiply(
-            &by_query,
-            keys.k_rows,
-            [rows, dim, count],
-            Sum { sums: to.dq, stride: width, how },
-            scratch,
-            Seen::Until { shift },
-        );
+        blocks.multiply(&by_query, keys.k_rows, [rows, dim, count], Sum { sums: dq, stride: width, how }, scratch, Seen::Until { shift });
     }
 }

@@ -177,8 +177,9 @@ impl<'a, T: Element> Attention<'a, T> {
             scratch: buffer.units(self.blocks.units(queries_of_block, dim.max(keys))),
         };
         let rows = queries_of_block * all.len();
-        let mut running =
-            Running { maxima: vec![f32::NEG_INFINITY; rows], sums: vec![0.0; rows], totals: buffer.floats(rows * self.width) };
+        let mut running = Running { maxima: buffer.floats(rows), sums: buffer.floats(rows), totals: buffer.floats(rows * self.width) };
+        running.maxima.fill(f32::NEG_INFINITY);
+        running.sums.fill(0.0);
         let key_head = part.heads.start / self.heads.group();
         let lowest = all.iter().map(|queries| queries.lowest).min().expect("a part has queries");
         for block in self.key_blocks(lowest, part.rows.end) {
@@ -212,14 +213,7 @@ impl<'a, T: Element> Attention<'a, T> {
     }
 
     /// Takes a block of keys and values into what a block of queries has so far.
-    fn forward_block(
-        &self,
-        queries: &Queries,
-        seen: Range<usize>,
-        [k, v]: [Packed<'_>; 2],
-        work: &mut Work<'_, T>,
-        running: Running<&mut [f32], &mut [f32]>,
-    ) {
+    fn forward_block(&self, queries: &Queries, seen: Range<usize>, [k, v]: [Packed<'_>; 2], work: &mut Work<'_, T>, running: Running<'_>) {
         let (rows, dim, stride, shift) = (queries.rows.len(), self.heads.dim, self.keys, queries.shift(seen.start));
         let Work { scores, weights, scratch } = work;
         let q = Left::Plain(self.head(queries.sequence, queries.rows.start, queries.head, Along::K));
@@ -253,14 +247,14 @@ struct Work<'a, T> {
 }
 
 /// For each row: the largest exponent so far, the sum of 2^(exponent - that), and the sums of values with these weights.
-struct Running<S, X> {
-    maxima: S,
-    sums: S,
-    totals: X,
+struct Running<'a> {
+    maxima: &'a mut [f32],
+    sums: &'a mut [f32],
+    totals: &'a mut [f32],
 }
 
-impl Running<Vec<f32>, &mut [f32]> {
-    fn of(&mut self, first: usize, rows: usize, width: usize) -> Running<&mut [f32], &mut [f32]> {
+impl Running<'_> {
+    fn of(&mut self, first: usize, rows: usize, width: usize) -> Running<'_> {
         Running {
             maxima: &mut self.maxima[first..][..rows],
             sums: &mut self.sums[first..][..rows],

@@ -233,9 +233,19 @@ pub struct Finished<'a> {
     pub factors: &'a [f32],
 }
 
+/// Rows of `out` from `first` on = sums * factor, rounded.
+pub fn finish<T: Element>(isa: Isa, from: Finished<'_>, out: &mut Columns<'_, T>, first: usize) {
+    #[cfg(target_arch = "x86_64")]
+    if pairs(isa, T::DTYPE) {
+        // SAFETY: the processor has these instructions.
+        return unsafe { softmax_avx512::finish_bf16(from, out, first) };
+    }
+    finish_plain(isa, from, out, first);
+}
+
 leveled! {
-    /// Rows of `out` from `first` on = sums * factor, rounded.
-    pub fn finish<T: Element>(from: Finished<'_>, out: &mut Columns<'_, T>, first: usize) {
+    /// The definition of `finish`.
+    pub fn finish_plain<T: Element>(from: Finished<'_>, out: &mut Columns<'_, T>, first: usize) {
         for (row, &factor) in from.factors.iter().enumerate() {
             let out = out.row(first + row);
             for (sum, out) in from.sums[row * from.width..][..out.len()].iter().zip(out) {
@@ -342,6 +352,21 @@ mod tests {
                     assert_eq!(half, right[at], "{} pair {at}", T::DTYPE);
                 }
             }
+        }
+    }
+
+    #[test]
+    fn rows_are_finished_as_defined() {
+        let mut sums: Vec<f32> = (0..5 * 48).map(|i| Stream::new(6, "finish").normal(i) as f32).collect();
+        (sums[3], sums[50], sums[60], sums[100], sums[47]) = (f32::NAN, 1e-39, -3e-39, f32::INFINITY, f32::from_bits(0x007f_ffff));
+        for dim in [48, 40, 33] {
+            let finished = |run: fn(Isa, Finished<'_>, &mut Columns<'_, bf16>, usize)| {
+                let mut out = vec![bf16::from_f32(9.0); 6 * dim];
+                let mut columns = Columns::split(&mut out, std::iter::once(dim));
+                run(Isa::detect(), Finished { sums: &sums, width: 48, factors: &[1.0, 0.3, 1.0, 7.0, 0.0] }, &mut columns[0], 1);
+                out.iter().map(|x| x.to_bits()).collect::<Vec<_>>()
+            };
+            assert_eq!(finished(finish), finished(finish_plain), "rows of {dim}");
         }
     }
 
