@@ -66,7 +66,7 @@ pub fn cases(device: &Device, sizes: Sizes, dtype: Dtype) -> Vec<Case> {
         made.matmul(&mut all, o, i);
     }
     made.rope(&mut all);
-    made.attention(&mut all);
+    made.attentions(&mut all);
     made.activations(&mut all);
     made.matmul(&mut all, sizes.v, c);
     made.cross_entropy(&mut all);
@@ -95,8 +95,8 @@ impl Made {
         self.random([1, self.sizes.c]).reshape([self.sizes.c])
     }
 
-    fn zeros(&self) -> Tensor {
-        self.device.zeros([self.sizes.n()], Dtype::U32)
+    fn zeros(&self, n: usize) -> Tensor {
+        self.device.zeros([n], Dtype::U32)
     }
 
     fn case(&self, all: &mut Vec<Case>, name: &str, work: Work, prepare: impl FnOnce(&Made) -> Run + Send + 'static) {
@@ -185,18 +185,28 @@ impl Made {
         });
     }
 
-    fn attention(&self, all: &mut Vec<Case>) {
+    /// At the model's size; on a CPU also with short and long rows, and with groups of query heads.
+    fn attentions(&self, all: &mut Vec<Case>) {
         let Sizes { sequences, t, heads, .. } = self.sizes;
-        let n = self.sizes.n();
+        self.attention(all, sequences, t, heads);
+        if !self.device.is_gpu() {
+            self.attention(all, 4 * sequences, t / 4, heads);
+            self.attention(all, sequences / 4, 4 * t, heads);
+            self.attention(all, 4 * sequences, t, Heads { query: 6, kv: 2, ..heads });
+        }
+    }
+
+    fn attention(&self, all: &mut Vec<Case>, sequences: usize, t: usize, heads: Heads) {
+        let n = sequences * t;
         let size = format!("{sequences} x {t}, {} heads of {} on {}", heads.query, heads.dim, heads.kv);
         // Two products forward, five backward, each over the half of the scores that is seen.
         let product = (sequences * heads.query) as f64 * (t * t) as f64 * heads.dim as f64;
         self.case(all, &format!("attention {size}"), Work::Flops(2.0 * product), move |made| {
-            let (qkv, starts) = (made.random([n, heads.columns()]), made.zeros());
+            let (qkv, starts) = (made.random([n, heads.columns()]), made.zeros(n));
             Box::new(move || drop(black_box(attention::forward(qkv.view(), heads, Mask { t, starts: starts.view(), window: None }))))
         });
         self.case(all, &format!("attention backward {size}"), Work::Flops(5.0 * product), move |made| {
-            let (qkv, starts, dout) = (made.random([n, heads.columns()]), made.zeros(), made.random([n, heads.query * heads.dim]));
+            let (qkv, starts, dout) = (made.random([n, heads.columns()]), made.zeros(n), made.random([n, heads.query * heads.dim]));
             let (o, lse) = attention::forward(qkv.view(), heads, Mask { t, starts: starts.view(), window: None });
             Box::new(move || {
                 let mask = Mask { t, starts: starts.view(), window: None };

@@ -16,6 +16,8 @@ pub mod pack;
 mod pack_avx512;
 pub mod pages;
 pub mod softmax;
+#[cfg(target_arch = "x86_64")]
+mod softmax_avx512;
 pub mod squares;
 pub mod vector;
 pub mod widest;

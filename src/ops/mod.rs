@@ -7,6 +7,8 @@
 pub mod activation;
 pub mod adamw;
 pub mod attention;
+pub mod attention_backward;
+pub mod attention_forward;
 pub mod attention_kernels;
 pub mod chunks;
 pub mod cross_entropy;

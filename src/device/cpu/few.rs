@@ -3,7 +3,7 @@
 //! Invariant: the same chains as `gemm::product`, so a row computed alone has the bits it has among others.
 
 use crate::device::cpu::Cpu;
-use crate::device::cpu::block::{Blocks, Sum};
+use crate::device::cpu::block::{Blocks, Left, Seen, Sum};
 use crate::device::cpu::columns::Columns;
 use crate::device::cpu::micro::{COLUMNS, ROWS, Sums};
 use crate::device::cpu::pack::Operand;
@@ -28,7 +28,7 @@ pub fn product<T: Element>(cpu: &Cpu, a: Operand<'_, T>, b: Operand<'_, T>, [m, 
                 let count = STEP.min(k - first);
                 let packed = blocks.pack(&b.part(start, first), columns, count, packed);
                 let sum = Sum { sums: &mut sums, stride: COLUMNS, how: if first == 0 { Sums::Store } else { Sums::Resume } };
-                blocks.multiply(&a.part(0, first), packed, [m, columns, count], sum, scratch);
+                blocks.multiply(&Left::Plain(a.part(0, first)), packed, [m, columns, count], sum, scratch, Seen::All);
             }
             let bias = bias.map(|bias| &bias[start..start + columns]);
             for (row, sums) in sums.chunks_exact(COLUMNS).take(m).enumerate() {

@@ -7,9 +7,9 @@ use crate::device::cpu::micro::prefetch;
 use crate::device::cpu::pack::{AHEAD, Operand, RowPanels};
 use crate::dtype::Element;
 use std::arch::x86_64::{
-    __m512i, _mm256_loadu_si256, _mm512_cvtepu16_epi32, _mm512_maskz_loadu_epi32, _mm512_or_si512, _mm512_setzero_si512,
-    _mm512_shuffle_i32x4, _mm512_shuffle_i64x2, _mm512_slli_epi32, _mm512_storeu_si512, _mm512_unpackhi_epi32, _mm512_unpackhi_epi64,
-    _mm512_unpacklo_epi32, _mm512_unpacklo_epi64,
+    __m512i, _mm256_loadu_si256, _mm512_cvtepu16_epi32, _mm512_loadu_si512, _mm512_maskz_loadu_epi32, _mm512_or_si512,
+    _mm512_setzero_si512, _mm512_shuffle_i32x4, _mm512_shuffle_i64x2, _mm512_slli_epi32, _mm512_storeu_si512, _mm512_unpackhi_epi32,
+    _mm512_unpackhi_epi64, _mm512_unpacklo_epi32, _mm512_unpacklo_epi64,
 };
 use std::ops::Range;
 
@@ -33,6 +33,15 @@ pub unsafe fn transpose_avx512(from: *const u8, row_bytes: usize, rows: usize, w
                 ahead if ahead < units => (row, ahead),
                 ahead => (row + 16, ahead.saturating_sub(units).min(unit)),
             };
+            if present.min(wide).min(count) == 16 {
+                let to = &mut panel[unit * width + row..][..15 * width + 16];
+                // SAFETY: the block's rows exist and have these units.
+                unsafe { transpose_whole(from.add(row * row_bytes + unit * 4), row_bytes, to, width) };
+                for index in 0..16 {
+                    prefetch(from.wrapping_add((ahead_row + index) * row_bytes + ahead_unit * 4));
+                }
+                continue;
+            }
             let mut block = [_mm512_setzero_si512(); 16];
             for (index, line) in block.iter_mut().enumerate().take(present) {
                 prefetch(from.wrapping_add((ahead_row + index) * row_bytes + ahead_unit * 4));
@@ -55,6 +64,22 @@ pub unsafe fn transpose_avx512(from: *const u8, row_bytes: usize, rows: usize, w
                 }
             }
         }
+    }
+}
+
+/// Writes a block of 16 x 16 units transposed, its lines `width` apart: all of it stays in registers.
+///
+/// # Safety
+/// The rows must be readable for sixteen units each; the processor must have AVX-512.
+#[target_feature(enable = "avx512f")]
+unsafe fn transpose_whole(from: *const u8, row_bytes: usize, to: &mut [u32], width: usize) {
+    assert!(to.len() >= 15 * width + 16, "{} units for lines {width} apart", to.len());
+    // SAFETY: the caller vouches for the rows.
+    let mut block = std::array::from_fn(|row| unsafe { _mm512_loadu_si512(from.add(row * row_bytes).cast()) });
+    transpose_block(&mut block);
+    for (index, line) in block.into_iter().enumerate() {
+        // SAFETY: `to` has sixteen units from there on (asserted above).
+        unsafe { _mm512_storeu_si512(to.as_mut_ptr().add(index * width).cast(), line) };
     }
 }
 
