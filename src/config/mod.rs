@@ -368,7 +368,8 @@ pub struct Device {
     /// `auto`: GPUs where every rank has one, else the CPU; `emulated`: the GPU's kernels, on the CPU. Default `auto`.
     #[serde(serialize_with = "name")]
     pub kind: DeviceKind,
-    /// Threads of one rank on the CPU; 0: all it may use. Default 0.
+    /// Threads of one rank on the CPU; 0: as many as it has processors, with the ranks of a host sharing those that several may use.
+    /// Default 0.
     pub threads: usize,
     /// Who does a GPU's matrix products. `auto`: cuBLASLt where every rank finds it, else ferrotron's own kernels (on an emulated GPU the
     /// processor, which is faster); `cublaslt`, `own`: that and nothing else. Default `auto`.

@@ -15,6 +15,7 @@ pub mod pack;
 #[cfg(target_arch = "x86_64")]
 mod pack_avx512;
 pub mod pages;
+pub mod processors;
 pub mod softmax;
 #[cfg(target_arch = "x86_64")]
 mod softmax_avx512;
@@ -22,6 +23,7 @@ pub mod squares;
 pub mod vector;
 pub mod widest;
 
+use crate::device::cpu::processors::Share;
 use crate::device::memory::Memory;
 use rayon::ThreadPool;
 use rayon::prelude::{IndexedParallelIterator, IntoParallelIterator, ParallelIterator, ParallelSliceMut};
@@ -78,9 +80,27 @@ impl Cpu {
 
     /// A processor that uses no more than the instructions of `isa`; what the machine does not have is not used either.
     pub fn with_isa(threads: usize, isa: Isa) -> Cpu {
+        Cpu::of(Share::anywhere(threads), isa)
+    }
+
+    /// A pool on the processors of `share`.
+    pub fn on(share: Share) -> Cpu {
+        Cpu::of(share, Isa::detect())
+    }
+
+    fn of(Share { threads, processors }: Share, isa: Isa) -> Cpu {
+        let settle = move |_| {
+            // Where the system does not want that, threads run anywhere, and compute the same.
+            if !processors.is_empty()
+                && let Err(error) = processors::settle(&processors)
+            {
+                tracing::debug!("{error:#}");
+            }
+        };
         let pool = rayon::ThreadPoolBuilder::new()
             .num_threads(threads)
             .thread_name(|i| format!("cpu-{i}"))
+            .start_handler(settle)
             .build()
             .expect("the system lets us start threads");
         Cpu { memory: Arc::new(Memory::of_host()), isa: isa.min(Isa::detect()), pool, panels: Mutex::default() }

@@ -10,6 +10,7 @@ use crate::dtype::Dtype;
 use crate::shape::Shape;
 use anyhow::Result;
 use cpu::Cpu;
+use cpu::processors::Share;
 use gpu::Gpu;
 use gpu::cuda::Cuda;
 use gpu::cuda::context::Context;
@@ -51,6 +52,11 @@ impl Device {
     /// `threads`: how many threads ops use, the calling one included.
     pub fn cpu(threads: usize) -> Device {
         Device::Cpu(Arc::new(Cpu::new(threads)))
+    }
+
+    /// The host's processor, with the share of it that a rank has.
+    pub fn cpu_on(share: Share) -> Device {
+        Device::Cpu(Arc::new(Cpu::on(share)))
     }
 
     /// A GPU that runs on this machine's processor; see `gpu/emulated.rs`.

@@ -7,6 +7,7 @@
 use crate::config::source::Problem;
 use crate::config::{Config, DeviceKind, Matmul};
 use crate::device::Device;
+use crate::device::cpu::processors::{self, Share};
 use crate::device::gpu::cuda::context::Context;
 use crate::device::gpu::cuda::libraries::Search;
 use crate::device::gpu::cuda::probe::Found;
@@ -22,13 +23,10 @@ use anyhow::{Context as _, Result};
 
 pub enum Hardware {
     Cpu {
-        threads: usize,
         /// Why no GPU is used, where there is one.
         note: Option<String>,
     },
-    Emulated {
-        threads: usize,
-    },
+    Emulated,
     Cuda {
         context: Box<Context>,
         products: Products,
@@ -46,7 +44,6 @@ pub struct Products {
 impl Hardware {
     /// Of this rank.
     pub fn find(config: &Config, identity: &Identity) -> Result<Hardware, Problem> {
-        let threads = threads(config, identity);
         let search = Search::new(&CudaPlaces::detect(&identity::environment()));
         let gpu = || Context::find(&search, identity.local_rank, identity.local_world);
         let with_products = |context: Context| {
@@ -54,12 +51,12 @@ impl Hardware {
             Ok(Hardware::Cuda { context: Box::new(context), products })
         };
         match config.device.kind {
-            DeviceKind::Cpu => Ok(Hardware::Cpu { threads, note: None }),
+            DeviceKind::Cpu => Ok(Hardware::Cpu { note: None }),
             DeviceKind::Emulated if config.device.matmul == Matmul::Cublaslt => {
                 let message = "`device.matmul` = \"cublaslt\", but an emulated GPU has no library";
                 Err(Problem::new("device.matmul", message).help("\"own\" for ferrotron's own kernels, \"auto\" for the processor"))
             }
-            DeviceKind::Emulated => Ok(Hardware::Emulated { threads }),
+            DeviceKind::Emulated => Ok(Hardware::Emulated),
             DeviceKind::Cuda => match gpu() {
                 Ok(context) => with_products(context),
                 Err(error) => {
@@ -70,13 +67,13 @@ impl Hardware {
             DeviceKind::Auto => match gpu() {
                 Ok(context) => with_products(context),
                 // Most machines have no driver, and nothing is to be said of that.
-                Err(error) => Ok(Hardware::Cpu { threads, note: probe::is_installed().then(|| format!("no GPU is used: {error:#}")) }),
+                Err(error) => Ok(Hardware::Cpu { note: probe::is_installed().then(|| format!("no GPU is used: {error:#}")) }),
             },
         }
     }
 
     /// A GPU where every rank of the `team` has one; otherwise no rank uses one that it found by itself. Likewise with a GPU's library.
-    pub fn agreed(self, config: &Config, identity: &Identity, team: &Team) -> Result<Hardware> {
+    pub fn agreed(self, config: &Config, team: &Team) -> Result<Hardware> {
         if config.device.kind != DeviceKind::Auto || team.least(matches!(self, Hardware::Cuda { .. }) as u64)? == 1 {
             return match self {
                 Hardware::Cuda { context, products } if config.device.matmul == Matmul::Auto => {
@@ -88,7 +85,7 @@ impl Hardware {
         Ok(match self {
             Hardware::Cuda { .. } => {
                 let note = Some("no GPU is used: there are ranks that have none".to_string());
-                Hardware::Cpu { threads: threads(config, identity), note }
+                Hardware::Cpu { note }
             }
             other => other,
         })
@@ -99,7 +96,7 @@ impl Hardware {
         let mut config = config.clone();
         config.device.kind = match self {
             Hardware::Cpu { .. } => DeviceKind::Cpu,
-            Hardware::Emulated { .. } => DeviceKind::Emulated,
+            Hardware::Emulated => DeviceKind::Emulated,
             Hardware::Cuda { products, .. } => {
                 config.device.matmul = if products.library.is_some() { Matmul::Cublaslt } else { Matmul::Own };
                 DeviceKind::Cuda
@@ -111,7 +108,7 @@ impl Hardware {
     pub fn note(&self) -> Option<&str> {
         match self {
             Hardware::Cpu { note, .. } | Hardware::Cuda { products: Products { note, .. }, .. } => note.as_deref(),
-            Hardware::Emulated { .. } => None,
+            Hardware::Emulated => None,
         }
     }
 
@@ -128,16 +125,16 @@ impl Hardware {
     }
 
     /// The device, with the memory that `plan` needs. `config` is the decided one.
-    pub fn device(self, config: &Config, plan: &Plan, rank: usize, limit: Option<&Limit>) -> Result<Device> {
+    pub fn device(self, config: &Config, plan: &Plan, identity: &Identity, team: &Team, limit: Option<&Limit>) -> Result<Device> {
         Ok(match self {
-            Hardware::Cpu { threads, .. } => Device::cpu(threads),
-            Hardware::Emulated { threads } => {
-                let device = Device::emulated(None, false, threads);
+            Hardware::Cpu { .. } => Device::cpu_on(share(config, identity, team)?),
+            Hardware::Emulated => {
+                let device = Device::emulated(None, false, share(config, identity, team)?.threads);
                 if config.device.matmul == Matmul::Own { device.with_own_products() } else { device }
             }
             Hardware::Cuda { context, products: Products { library, .. } } => {
                 let name = context.name();
-                let bytes = cuda::bytes_with_slack(rehearsal::rehearse(config, plan, rank)?.peak);
+                let bytes = cuda::bytes_with_slack(rehearsal::rehearse(config, plan, identity.rank)?.peak);
                 let bytes = limit.map_or(bytes, |limit| bytes.min(limit.bytes as usize));
                 let by_library = library.is_some();
                 let device = Device::cuda(*context, library.map(|found| *found), bytes, fit::help(config, plan)).context(name)?;
@@ -178,7 +175,20 @@ impl Products {
     }
 }
 
-fn threads(config: &Config, identity: &Identity) -> usize {
-    let available = std::thread::available_parallelism().map_or(1, usize::from);
-    if config.device.threads > 0 { config.device.threads } else { (available / identity.local_world).max(1) }
+/// The threads and processors of this rank, beside those of the other ranks of its host.
+fn share(config: &Config, identity: &Identity, team: &Team) -> Result<Share> {
+    let (available, mine) = (std::thread::available_parallelism().map_or(1, usize::from), processors::allowed()?);
+    let all = team.on_this_host(identity.node_rank, &processors::to_bytes(&mine))?;
+    // A container may be given less time than its processors have: then there is nothing to deal out.
+    let share = if available == mine.len() && all.len() == identity.local_world {
+        let all: Vec<_> = all.iter().map(|bytes| processors::from_bytes(bytes)).collect();
+        processors::share(&all, identity.local_rank)
+    } else {
+        Share::anywhere(available / identity.local_world)
+    };
+    Ok(match config.device.threads {
+        0 => share,
+        wanted if wanted == share.threads => share,
+        wanted => Share::anywhere(wanted),
+    })
 }

@@ -73,7 +73,7 @@ fn run_rank(config: &Config, identity: &Identity) -> Result<Ending, Failure> {
     Plan::new(config, identity.world, None).map_err(Failure::Config)?;
     let team = Team::join(config, identity)?;
     check_data(config, &team)?;
-    let hardware = hardware.agreed(config, identity, &team)?;
+    let hardware = hardware.agreed(config, &team)?;
     let (checkpoint, mut notes) = resume::find(config, &team)?;
     notes.extend(hardware.note().map(str::to_string));
     let (decided, limit) = (hardware.decided(config), hardware.limit(config, &team)?);
@@ -82,7 +82,7 @@ fn run_rank(config: &Config, identity: &Identity) -> Result<Ending, Failure> {
         team.fail(&error);
         Failure::Error(error)
     };
-    let device = hardware.device(&decided, &plan, identity.rank, limit.as_ref()).map_err(told)?;
+    let device = hardware.device(&decided, &plan, identity, &team, limit.as_ref()).map_err(told)?;
     let writer = open_run([config, &decided], identity, &plan, &team)?;
     let stop = StopRequest::listen()?;
     let groups = team.groups(&plan.mesh)?;

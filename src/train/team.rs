@@ -88,6 +88,15 @@ impl Team {
         Ok(numbers.into_iter().min().unwrap_or(mine))
     }
 
+    /// What each rank of this one's host gives, in the order of their local ranks. `node`: the number of the host.
+    pub fn on_this_host(&self, node: usize, mine: &[u8]) -> Result<Vec<Vec<u8>>> {
+        let mut message = (node as u64).to_le_bytes().to_vec();
+        message.extend(mine);
+        let all = self.group.exchange(&message)?;
+        let here = all.iter().filter_map(|other| other.strip_prefix(&message[..8]));
+        Ok(here.map(<[u8]>::to_vec).collect())
+    }
+
     /// Rank 0 does `work` first, then the others do.
     pub fn first_rank_first<T>(&self, work: impl FnOnce() -> Result<T>) -> Result<T> {
         if self.rank == 0 {

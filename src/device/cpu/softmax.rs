@@ -285,7 +285,7 @@ mod tests {
     fn block() -> (Vec<Visible>, Vec<f32>, Vec<f32>) {
         let visible = vec![(0, 1), (0, 16), (0, 17), (3, 40), (48, 48), (20, 48), (17, 31), (0, 48), (30, 30)];
         let stream = Stream::new(4, "softmax");
-        let mut numbers = |from: u64| (0..9 * 48).map(|i| 4.0 * stream.normal(from + i) as f32).collect::<Vec<f32>>();
+        let numbers = |from: u64| (0..9 * 48).map(|i| 4.0 * stream.normal(from + i) as f32).collect::<Vec<f32>>();
         let (mut scores, mut dweights) = (numbers(0), numbers(9 * 48));
         (scores[7 * 48 + 5], scores[3 * 48 + 9], scores[2 * 48 + 3]) = (f32::NAN, f32::NEG_INFINITY, -400.0);
         dweights.iter_mut().step_by(5).for_each(|x| *x = 1e-38 * *x);
