@@ -3,8 +3,7 @@
 //! Invariant: the bits of `softmax::forward_plain` and `softmax::backward_plain`.
 #![allow(unsafe_code)]
 
-use crate::device::cpu::columns::Columns;
-use crate::device::cpu::softmax::{COEFFICIENTS, Finished, Gradient, LOWEST, ROUND, ROWS, Step, Visible, shrink};
+use crate::device::cpu::softmax::{COEFFICIENTS, Gradient, LOWEST, ROUND, ROWS, Step, Visible, shrink};
 use crate::dtype::Element;
 use half::bf16;
 use std::arch::x86_64::{
@@ -12,9 +11,9 @@ use std::arch::x86_64::{
     _mm_movehdup_ps, _mm_movehl_ps, _mm256_add_ps, _mm256_castps256_ps128, _mm256_extractf128_ps, _mm256_max_ps, _mm256_storeu_si256,
     _mm512_add_epi32, _mm512_add_ps, _mm512_castps_si512, _mm512_castps512_ps256, _mm512_castsi512_ps, _mm512_castsi512_si256,
     _mm512_cmp_ps_mask, _mm512_cvtne2ps_pbh, _mm512_cvtneps_pbh, _mm512_extractf32x8_ps, _mm512_extracti64x4_epi64, _mm512_fmadd_ps,
-    _mm512_fmsub_ps, _mm512_fpclass_ps_mask, _mm512_loadu_ps, _mm512_loadu_si512, _mm512_mask_max_ps, _mm512_maskz_mov_ps,
-    _mm512_maskz_mul_ps, _mm512_max_ps, _mm512_mul_ps, _mm512_permutexvar_epi16, _mm512_set1_epi32, _mm512_set1_ps, _mm512_setzero_ps,
-    _mm512_slli_epi32, _mm512_storeu_ps, _mm512_storeu_si512, _mm512_sub_ps,
+    _mm512_fmsub_ps, _mm512_loadu_ps, _mm512_loadu_si512, _mm512_mask_max_ps, _mm512_maskz_mov_ps, _mm512_maskz_mul_ps, _mm512_max_ps,
+    _mm512_mul_ps, _mm512_permutexvar_epi16, _mm512_set1_epi32, _mm512_set1_ps, _mm512_setzero_ps, _mm512_slli_epi32, _mm512_storeu_ps,
+    _mm512_storeu_si512, _mm512_sub_ps,
 };
 
 const LANES: usize = 16;
@@ -373,30 +372,3 @@ pub unsafe fn backward_bf16(mut block: Gradient<'_, bf16>) {
         }
     }
 }
-
-/// `softmax::finish_plain` for bf16.
-///
-/// # Safety
-/// The processor must have AVX-512 with its bf16 part.
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma")]
-pub unsafe fn finish_bf16<T: Element>(from: Finished<'_>, out: &mut Columns<'_, T>, first: usize) {
-    for (row, &factor) in from.factors.iter().enumerate() {
-        let out = bytemuck::cast_slice_mut::<T, bf16>(out.row(first + row));
-        let (sums, _) = from.sums[row * from.width..][..out.len().next_multiple_of(LANES)].as_chunks::<LANES>();
-        for (sums, out) in sums.iter().zip(out.chunks_mut(LANES)) {
-            // SAFETY: there are sixteen sums, and sixteen elements of `out` where they are written at once.
-            unsafe {
-                let x = _mm512_mul_ps(_mm512_loadu_ps(sums.as_ptr()), _mm512_set1_ps(factor));
-                // The instruction takes numbers below the normal ones for zero.
-                if out.len() == LANES && _mm512_fpclass_ps_mask::<DENORMAL>(x) == 0 {
-                    bf16::store(x, out.as_mut_ptr());
-                } else {
-                    out.iter_mut().zip(sums).for_each(|(out, sum)| *out = bf16::from_f32(sum * factor));
-                }
-            }
-        }
-    }
-}
-
-/// The class of numbers that are not zero and below the normal ones, for `fpclass`.
-const DENORMAL: i32 = 0x20;
