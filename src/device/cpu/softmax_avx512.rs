@@ -4,7 +4,8 @@
 #![allow(unsafe_code)]
 
 use crate::device::cpu::columns::Columns;
-use crate::device::cpu::softmax::{COEFFICIENTS, Finished, Gradient, LOWEST, ROUND, ROWS, Step, Visible, shrink};
+use crate::device::cpu::softmax::{Finished, Gradient, LOWEST, ROUND, ROWS, Step, Visible, shrink};
+use crate::device::cpu::vector::COEFFICIENTS;
 use crate::dtype::Element;
 use half::bf16;
 use std::arch::x86_64::{
