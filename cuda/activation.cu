@@ -10,7 +10,9 @@ enum { THREADS = 256 };
 
 // ---- swiglu: gate_up [n, 2 f], the gates in the first half of each row ----
 
-DEVICE float swiglu(float gate, float up) { return (gate * sigmoid(gate).value) * up; }
+DEVICE Sigmoid sigmoid_of_gate(float gate) { return sigmoid(exp_within(-clamp(gate, -87.0f, 87.0f))); }
+
+DEVICE float swiglu(float gate, float up) { return (gate * sigmoid_of_gate(gate).value) * up; }
 
 // h [n, f]. 3 elements moved for each of h.
 template <typename T> DEVICE void swiglu_forward(T* h, const T* gate_up, size_t n, size_t f) {
@@ -36,8 +38,8 @@ struct GateAndUp {
 };
 
 DEVICE GateAndUp swiglu_gradient(float dh, float gate, float up) {
-  Sigmoid s = sigmoid(gate);
-  return {(dh * up) * (s.value * (1.0f + gate * s.complement)), dh * (gate * s.value)};
+  Sigmoid s = sigmoid_of_gate(gate);
+  return {(dh * up) * (s.value * fmaf(gate, s.complement, 1.0f)), dh * (gate * s.value)};
 }
 
 // dgate_up [n, 2 f]. 5 elements moved for each of dh.
@@ -76,17 +78,23 @@ EXPORT_ALL(SWIGLU)
 
 // ---- gelu, in the form with tanh ----
 
-struct Gate {
-  float value, slope;
-};
+#define TWICE_ROOT 1.595769f
+#define CUBIC 0.044715f
+#define FAR 10.0f
 
-DEVICE Gate gelu_gate(float x) {
-  const float TWICE_ROOT = 1.595769f, CUBIC = 0.044715f;
-  x = clamp(x, -10.0f, 10.0f);
-  float square = x * x;
-  Sigmoid s = sigmoid((TWICE_ROOT * x) * (1.0f + CUBIC * square));
-  float slope = TWICE_ROOT * (1.0f + (3.0f * CUBIC) * square);
-  return {s.value, (x * slope) * (s.value * s.complement)};
+// Of an x within -FAR .. FAR.
+DEVICE Sigmoid sigmoid_of_gelu(float x) {
+  const float LINEAR = -TWICE_ROOT * 1.44269504f;
+  return sigmoid(exp2_within(x * fmaf(x * x, CUBIC * LINEAR, LINEAR)));
+}
+
+DEVICE float gelu(float x) { return x * sigmoid_of_gelu(clamp(x, -FAR, FAR)).value; }
+
+DEVICE float gelu_gradient(float dy, float x) {
+  x = clamp(x, -FAR, FAR);
+  Sigmoid s = sigmoid_of_gelu(x);
+  float slope = x * fmaf(x * x, 3.0f * (CUBIC * TWICE_ROOT), TWICE_ROOT);
+  return dy * (s.value * fmaf(slope, s.complement, 1.0f));
 }
 
 // Calls each(start, whole) for the packs of this thread, or for its elements.
@@ -100,14 +108,13 @@ template <typename T, typename Each> DEVICE void over_packs(size_t n, bool packe
 // 2 elements moved for each of y.
 template <typename T> DEVICE void gelu_forward(T* y, const T* x, size_t n) {
   over_packs<T>(n, is_aligned(y) && is_aligned(x), [&](size_t start, bool whole) {
-    auto gelu = [](T x) { return from_float<T>(to_float(x) * gelu_gate(to_float(x)).value); };
     if (whole) {
       Pack<T> pack = load_pack(x + start);
 #pragma unroll
-      for (int i = 0; i < Pack<T>::COUNT; i++) pack.at[i] = gelu(pack.at[i]);
+      for (int i = 0; i < Pack<T>::COUNT; i++) pack.at[i] = from_float<T>(gelu(to_float(pack.at[i])));
       store_pack(y + start, pack);
     } else {
-      y[start] = gelu(x[start]);
+      y[start] = from_float<T>(gelu(to_float(x[start])));
     }
   });
 }
@@ -115,10 +122,7 @@ template <typename T> DEVICE void gelu_forward(T* y, const T* x, size_t n) {
 // 3 elements moved for each of dx.
 template <typename T> DEVICE void gelu_backward(T* dx, const T* dy, const T* x, size_t n) {
   over_packs<T>(n, is_aligned(dx) && is_aligned(dy) && is_aligned(x), [&](size_t start, bool whole) {
-    auto gradient = [](T dy, T x) {
-      Gate gate = gelu_gate(to_float(x));
-      return from_float<T>(to_float(dy) * (gate.value + gate.slope));
-    };
+    auto gradient = [](T dy, T x) { return from_float<T>(gelu_gradient(to_float(dy), to_float(x))); };
     if (whole) {
       Pack<T> dys = load_pack(dy + start), xs = load_pack(x + start), out;
 #pragma unroll

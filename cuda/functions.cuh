@@ -1,4 +1,5 @@
-// The functions of src/ops/functions.rs, operation by operation: the same bits as on the CPU. Included after prelude.cuh.
+// Functions of src/ops/functions.rs and src/device/cpu/vector.rs, operation by operation: the same bits as on the CPU. Included after
+// prelude.cuh.
 #pragma once
 
 // A NaN stays one.
@@ -7,36 +8,37 @@ DEVICE float clamp(float x, float least, float most) {
   return x > most ? most : x;
 }
 
-DEVICE float power_of_two(int exponent) { return __int_as_float((exponent + 127) << 23); }
+// 1.5 * 2^23, and the bias of an exponent: adding it rounds to a whole number, whose biased exponent then stands in the low bits.
+#define ROUNDER (12582912.0f + 127.0f)
 
-// e^x for x within -104 .. 89, or NaN.
-DEVICE float exp_within(float x) {
-  // 1.5 * 2^23: adding it rounds to an integer, which then stands in the low bits.
-  const float ROUNDER = 12582912.0f;
-  float shifted = x * 1.44269504f + ROUNDER;
-  float n = shifted - ROUNDER;
-  float r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
-  float q = 1.0f / 5040.0f;
-  q = q * r + 1.0f / 720.0f;
-  q = q * r + 1.0f / 120.0f;
-  q = q * r + 1.0f / 24.0f;
-  q = q * r + 1.0f / 6.0f;
-  q = q * r + 0.5f;
-  float p = 1.0f + (r + (r * r) * q);
-  int exponent = __float_as_int(shifted) - __float_as_int(ROUNDER), half = exponent >> 1;
-  return p * power_of_two(half) * power_of_two(exponent - half);
+// 2^(rest + n) for shifted = n + ROUNDER.
+DEVICE float two_to_the(float rest, float shifted) {
+  float power = fmaf(rest, 0.0013264728f, 0.009671513f);
+  power = fmaf(rest, power, 0.055507336f);
+  power = fmaf(rest, power, 0.24022242f);
+  power = fmaf(rest, power, 0.693147f);
+  return fmaf(rest, power, 1.0f) * __int_as_float(__float_as_int(shifted) << 23);
 }
 
-// e^x. Overflows to infinity, underflows through the denormals to zero; NaN stays NaN.
-DEVICE float exp_exact(float x) { return exp_within(clamp(x, -104.0f, 89.0f)); }
+// 2^x for x within -126 .. 127, or NaN.
+DEVICE float exp2_within(float x) {
+  float shifted = x + ROUNDER;
+  return two_to_the(x - (shifted - ROUNDER), shifted);
+}
+
+// e^x for x within -87.3 .. 88, or NaN.
+DEVICE float exp_within(float x) {
+  const float LOG2_E = 1.44269504f;
+  float shifted = fmaf(x, LOG2_E, ROUNDER);
+  return two_to_the(fmaf(x, LOG2_E, ROUNDER - shifted), shifted);
+}
 
 struct Sigmoid {
   float value, complement;
 };
 
-// 1 / (1 + e^-x) and 1 - that.
-DEVICE Sigmoid sigmoid(float x) {
-  float e = exp_within(-clamp(x, -88.0f, 88.0f));
-  float s = 1.0f / (1.0f + e);
-  return {s, e * s};
+// 1 / (1 + e^-x) and 1 - that, from e^-x.
+DEVICE Sigmoid sigmoid(float decay) {
+  float s = 1.0f / (1.0f + decay);
+  return {s, decay * s};
 }

@@ -238,9 +238,8 @@ impl Made {
     fn cross_entropy(&self, all: &mut Vec<Case>) {
         // As many rows as the head does at a time.
         let (n, v) = (self.sizes.n().min(1024), self.sizes.v);
-        // Read for the maximum, for the sums and for the gradient, which is written; a GPU takes the maximum and the sums in one reading.
-        let passes = if self.device.is_gpu() { 3 } else { 4 };
-        self.case(all, &format!("cross-entropy and its gradient {n} x {v}"), self.bytes(passes * n * v, 4 * n), move |made| {
+        // Read for the maximum and the sums together, then for the gradient, which is written.
+        self.case(all, &format!("cross-entropy and its gradient {n} x {v}"), self.bytes(3 * n * v, 4 * n), move |made| {
             let (mut logits, targets) = (made.random([n, v]), made.ids());
             Box::new(move || {
                 let targets = targets.view().part(0..n, [n]);

@@ -2,23 +2,28 @@
 //!
 //! ```text
 //! swiglu  h = (gate s(gate)) up, s the logistic function      dgate = dh up s (1 + gate (1 - s)), dup = dh gate s
-//! gelu    y = x s(2 u), u = sqrt(2 / pi) (x + 0.044715 x^3)   dx = dy (s + x s (1 - s) 2 u')
+//! gelu    y = x s(2 u), u = sqrt(2 / pi) (x + 0.044715 x^3)   dx = dy s (1 + x (1 - s) 2 u')
 //! ```
 //!
 //! The tanh form of gelu, x (1 + tanh u) / 2, is x s(2 u): the same function without a difference that cancels. All in f32, rounded once.
 //! On a GPU (`cuda/activation.cu`) the same roundings give the same bits.
 //!
+//! On the CPU a block of elements goes through three loops: the exponents, the exponentials, and what is made of these.
+//!
 //! Invariant: element by element, so bits depend on nothing but the element.
 
 use crate::args;
 use crate::device::Device;
+use crate::device::cpu::vector::{exp_within, exp2_within};
 use crate::device::gpu::driver::{Argument, Grid};
 use crate::device::gpu::{Gpu, kernel};
 use crate::device::tensor::{Tensor, View};
 use crate::dispatch;
 use crate::dtype::Element;
+use crate::ops::blocks::Blocks;
 use crate::ops::functions::sigmoid;
 use crate::ops::rows::{Rows, over_rows};
+use std::f32::consts::LOG2_E;
 
 /// What an exponential costs, in elements touched.
 const COST: usize = 4;
@@ -31,9 +36,10 @@ pub fn swiglu_forward(gate_up: View<'_>) -> Tensor {
         Device::Cpu(cpu) => dispatch!(gate_up.dtype(), T => {
             let gate_up = gate_up.slice::<T>();
             over_rows(cpu, n, f * COST, Rows::new(h.view_mut().into_slice::<T>(), f), #[inline(always)] |rows, h| {
+                let mut blocks = Blocks::new(cpu.isa());
                 for (row, h) in rows.zip(h.each()) {
                     let (gate, up) = gate_up[row * 2 * f..][..2 * f].split_at(f);
-                    swiglu_row(h, gate, up);
+                    swiglu_row(&mut blocks, h, gate, up);
                 }
             });
         }),
@@ -44,10 +50,29 @@ pub fn swiglu_forward(gate_up: View<'_>) -> Tensor {
 }
 
 #[inline(always)]
-fn swiglu_row<T: Element>(h: &mut [T], gate: &[T], up: &[T]) {
-    for ((h, gate), up) in h.iter_mut().zip(gate).zip(up) {
-        let (gate, up) = (gate.to_f32(), up.to_f32());
-        *h = T::from_f32((gate * sigmoid(gate).0) * up);
+fn swiglu_row<T: Element>(blocks: &mut Blocks, h: &mut [T], gate: &[T], up: &[T]) {
+    blocks.fill(
+        h,
+        #[inline(always)]
+        |range, h| {
+            let (gate, up) = (&gate[range.clone()], &up[range]);
+            gate_decays(h, gate);
+            for ((h, gate), up) in h.iter_mut().zip(gate).zip(up) {
+                *h = (gate.to_f32() * sigmoid(*h).0) * up.to_f32();
+            }
+        },
+    );
+}
+
+/// e^-gate of each gate.
+#[inline(always)]
+fn gate_decays<T: Element>(decays: &mut [f32], gate: &[T]) {
+    for (decay, gate) in decays.iter_mut().zip(gate) {
+        // Beyond +-87 the smaller of s and 1 - s is next to the least normal number; stopping there keeps 0 * infinity away.
+        *decay = -gate.to_f32().clamp(-87.0, 87.0);
+    }
+    for decay in decays {
+        *decay = exp_within(*decay);
     }
 }
 
@@ -61,10 +86,11 @@ pub fn swiglu_backward(dh: View<'_>, gate_up: View<'_>) -> Tensor {
         Device::Cpu(cpu) => dispatch!(gate_up.dtype(), T => {
             let (dh, gate_up) = (dh.slice::<T>(), gate_up.slice::<T>());
             over_rows(cpu, n, 2 * f * COST, Rows::new(dgate_up.view_mut().into_slice::<T>(), 2 * f), #[inline(always)] |rows, dgate_up| {
+                let mut blocks = Blocks::new(cpu.isa());
                 for (row, dgate_up) in rows.zip(dgate_up.each()) {
                     let (gate, up) = gate_up[row * 2 * f..][..2 * f].split_at(f);
                     let (dgate, dup) = dgate_up.split_at_mut(f);
-                    swiglu_backward_row(dgate, dup, &dh[row * f..][..f], gate, up);
+                    swiglu_backward_row(&mut blocks, [dgate, dup], &dh[row * f..][..f], gate, up);
                 }
             });
         }),
@@ -75,13 +101,22 @@ pub fn swiglu_backward(dh: View<'_>, gate_up: View<'_>) -> Tensor {
 }
 
 #[inline(always)]
-fn swiglu_backward_row<T: Element>(dgate: &mut [T], dup: &mut [T], dh: &[T], gate: &[T], up: &[T]) {
-    for ((((dgate, dup), dh), gate), up) in dgate.iter_mut().zip(dup).zip(dh).zip(gate).zip(up) {
-        let (dh, gate, up) = (dh.to_f32(), gate.to_f32(), up.to_f32());
-        let (s, complement) = sigmoid(gate);
-        *dgate = T::from_f32((dh * up) * (s * (1.0 + gate * complement)));
-        *dup = T::from_f32(dh * (gate * s));
-    }
+fn swiglu_backward_row<T: Element>(blocks: &mut Blocks, [dgate, dup]: [&mut [T]; 2], dh: &[T], gate: &[T], up: &[T]) {
+    blocks.fill_two(
+        dgate,
+        dup,
+        #[inline(always)]
+        |range, dgate, dup| {
+            let (dh, gate, up) = (&dh[range.clone()], &gate[range.clone()], &up[range]);
+            gate_decays(dgate, gate);
+            for ((((dgate, dup), dh), gate), up) in dgate.iter_mut().zip(dup).zip(dh).zip(gate).zip(up) {
+                let (dh, gate, up) = (dh.to_f32(), gate.to_f32(), up.to_f32());
+                let (s, complement) = sigmoid(*dgate);
+                *dgate = (dh * up) * (s * gate.mul_add(complement, 1.0));
+                *dup = dh * (gate * s);
+            }
+        },
+    );
 }
 
 /// x -> y of the same shape
@@ -91,7 +126,7 @@ pub fn gelu_forward(x: View<'_>) -> Tensor {
         Device::Cpu(cpu) => dispatch!(x.dtype(), T => {
             let xs = x.slice::<T>();
             over_rows(cpu, xs.len(), COST, Rows::new(y.view_mut().into_slice::<T>(), 1), #[inline(always)] |range, y| {
-                gelu_row(y.elements, &xs[range]);
+                gelu_row(&mut Blocks::new(cpu.isa()), y.elements, &xs[range]);
             });
         }),
         Device::Gpu(gpu) => launch(gpu, "activation_gelu_forward", x, x.shape().numel(), &args![y.view_mut(), x, x.shape().numel()]),
@@ -101,11 +136,18 @@ pub fn gelu_forward(x: View<'_>) -> Tensor {
 }
 
 #[inline(always)]
-fn gelu_row<T: Element>(y: &mut [T], x: &[T]) {
-    for (y, x) in y.iter_mut().zip(x) {
-        let x = x.to_f32();
-        *y = T::from_f32(x * gelu_gate(x).0);
-    }
+fn gelu_row<T: Element>(blocks: &mut Blocks, y: &mut [T], x: &[T]) {
+    blocks.fill(
+        y,
+        #[inline(always)]
+        |range, y| {
+            let x = &x[range];
+            gelu_decays(y, x);
+            for (y, x) in y.iter_mut().zip(x) {
+                *y = x.to_f32() * sigmoid(*y).0;
+            }
+        },
+    );
 }
 
 /// dy, x -> dx
@@ -116,7 +158,7 @@ pub fn gelu_backward(dy: View<'_>, x: View<'_>) -> Tensor {
         Device::Cpu(cpu) => dispatch!(x.dtype(), T => {
             let (dys, xs) = (dy.slice::<T>(), x.slice::<T>());
             over_rows(cpu, xs.len(), COST, Rows::new(dx.view_mut().into_slice::<T>(), 1), #[inline(always)] |range, dx| {
-                gelu_backward_row(dx.elements, &dys[range.clone()], &xs[range]);
+                gelu_backward_row(&mut Blocks::new(cpu.isa()), dx.elements, &dys[range.clone()], &xs[range]);
             });
         }),
         Device::Gpu(gpu) => launch(gpu, "activation_gelu_backward", x, x.shape().numel(), &args![dx.view_mut(), dy, x, x.shape().numel()]),
@@ -126,24 +168,40 @@ pub fn gelu_backward(dy: View<'_>, x: View<'_>) -> Tensor {
 }
 
 #[inline(always)]
-fn gelu_backward_row<T: Element>(dx: &mut [T], dy: &[T], x: &[T]) {
-    for ((dx, dy), x) in dx.iter_mut().zip(dy).zip(x) {
-        let (gate, slope) = gelu_gate(x.to_f32());
-        *dx = T::from_f32(dy.to_f32() * (gate + slope));
-    }
+fn gelu_backward_row<T: Element>(blocks: &mut Blocks, dx: &mut [T], dy: &[T], x: &[T]) {
+    blocks.fill(
+        dx,
+        #[inline(always)]
+        |range, dx| {
+            let (dy, x) = (&dy[range.clone()], &x[range]);
+            gelu_decays(dx, x);
+            for ((dx, dy), x) in dx.iter_mut().zip(dy).zip(x) {
+                let (s, complement) = sigmoid(*dx);
+                let x = x.to_f32().clamp(-FAR, FAR);
+                let slope = x * (x * x).mul_add(3.0 * (CUBIC * TWICE_ROOT), TWICE_ROOT);
+                *dx = dy.to_f32() * (s * slope.mul_add(complement, 1.0));
+            }
+        },
+    );
 }
 
-/// s(2 u) and x times its derivative.
+/// 2 sqrt(2 / pi), the factor of x in 2 u, and of what the cube has more.
+const TWICE_ROOT: f32 = 1.595_769;
+const CUBIC: f32 = 0.044_715;
+/// Here the gate is within 1e-37 of its limit, and its exponential still a normal number; cubes of larger numbers would overflow.
+const FAR: f32 = 10.0;
+
+/// e^-2u of each x, as 2^(-2u / ln 2).
 #[inline(always)]
-fn gelu_gate(x: f32) -> (f32, f32) {
-    const TWICE_ROOT: f32 = 1.595_769;
-    const CUBIC: f32 = 0.044_715;
-    // At 10 the gate is within 1e-37 of its limit; cubes of larger numbers would overflow.
-    let x = x.clamp(-10.0, 10.0);
-    let square = x * x;
-    let (s, complement) = sigmoid((TWICE_ROOT * x) * (1.0 + CUBIC * square));
-    let slope = TWICE_ROOT * (1.0 + (3.0 * CUBIC) * square);
-    (s, (x * slope) * (s * complement))
+fn gelu_decays<T: Element>(decays: &mut [f32], x: &[T]) {
+    const LINEAR: f32 = -TWICE_ROOT * LOG2_E;
+    for (decay, x) in decays.iter_mut().zip(x) {
+        let x = x.to_f32().clamp(-FAR, FAR);
+        *decay = x * (x * x).mul_add(CUBIC * LINEAR, LINEAR);
+    }
+    for decay in decays {
+        *decay = exp2_within(*decay);
+    }
 }
 
 fn halves(gate_up: View<'_>) -> (usize, usize) {

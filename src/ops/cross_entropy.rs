@@ -14,18 +14,22 @@
 //! Invariant: the sum of exponentials is made of one sum for each virtual shard of the vocabulary (`shard` tokens, the last may be
 //! narrower), in lanes, and the shards are added in the balanced binary tree: the bits do not tell how many ranks hold the shards.
 //!
-//! On a GPU (`cuda/cross_entropy.cu`) `row_max` sums, too, as it reads: a shard's exponentials in segments, each relative to its own
-//! maximum. `sums` then reads those `Parts` and not the logits again.
+//! `row_max` sums, too, as it reads: a shard's exponentials in segments of `SEGMENT` tokens from its start, each relative to its own
+//! maximum. `sums` brings these `Parts` to the maximum of the whole row and adds them in order, and does not read the logits again.
+//!
+//! On a GPU (`cuda/cross_entropy.cu`) a segment is summed in another order, by approximate exponentials.
 
 use crate::args;
 use crate::device::Device;
+use crate::device::cpu::vector::exp_of_low;
 use crate::device::gpu::driver::Grid;
 use crate::device::gpu::kernel;
 use crate::device::tensor::{Tensor, View, ViewMut};
 use crate::dispatch;
 use crate::dtype::{Dtype, Element};
 use crate::elementary::ln;
-use crate::ops::functions::{exp, max as greatest, sum};
+use crate::ops::blocks::Blocks;
+use crate::ops::functions::{max as greatest, sum};
 use crate::ops::reduce::tree;
 use crate::ops::rows::{Rows, over_rows};
 
@@ -35,15 +39,16 @@ pub const IGNORED: u32 = u32::MAX;
 /// What an exponential costs, in elements touched.
 const COST: usize = 4;
 
-/// Threads of a block on a GPU, which are eight warps, and the logits it takes: `THREADS` and `SEGMENT` of cuda/cross_entropy.cu.
+/// Threads of a block on a GPU, which are eight warps: `THREADS` of cuda/cross_entropy.cu.
 const THREADS: u32 = 256;
 const WARPS: usize = 8;
+/// Logits that are read twice, and stay in the first-level cache between: `SEGMENT` of cuda/cross_entropy.cu.
 const SEGMENT: usize = 8192;
 
-/// What a GPU has found in each segment of each row: its maximum, and its sum of exponentials relative to that. f32 [n, segments, 2]
-pub struct Parts(Option<Tensor>);
+/// What was found in each segment of each row: its maximum, and its sum of exponentials relative to that. f32 [n, segments, 2]
+pub struct Parts(Tensor);
 
-/// How a row of v logits is cut into segments on a GPU.
+/// How a row of v logits is cut into segments.
 struct Segments {
     /// Of a whole shard.
     per_shard: usize,
@@ -62,19 +67,21 @@ impl Segments {
 pub fn row_max(logits: View<'_>, shard: usize) -> (Tensor, Parts) {
     let (n, v) = (logits.shape().rows(), logits.shape().columns());
     let segments = Segments::new(v, shard);
-    let mut parts = logits.device().gpu_scratch([n, segments.of_row, 2], Dtype::F32);
+    let mut parts = logits.device().empty([n, segments.of_row, 2], Dtype::F32);
     let mut max = logits.device().empty([n], Dtype::F32);
     match logits.device() {
         Device::Cpu(cpu) => dispatch!(logits.dtype(), T => {
             let logits = logits.slice::<T>();
-            over_rows(cpu, n, v, Rows::new(max.view_mut().into_slice::<f32>(), 1), #[inline(always)] |rows, max| {
-                for (row, max) in rows.zip(max.elements) {
-                    *max = greatest(&logits[row * v..][..v]);
+            let parts = Rows::new(parts.view_mut().into_slice::<f32>(), 2 * segments.of_row);
+            let out = (Rows::new(max.view_mut().into_slice::<f32>(), 1), parts);
+            over_rows(cpu, n, v * COST, out, #[inline(always)] |rows, (max, parts)| {
+                for ((row, max), parts) in rows.zip(max.elements).zip(parts.each()) {
+                    *max = read_row(parts, &logits[row * v..][..v], shard);
                 }
             });
         }),
         Device::Gpu(gpu) => {
-            let parts = parts.as_mut().expect("scratch of a GPU").view_mut();
+            let parts = parts.view_mut();
             let Segments { per_shard, of_row } = segments;
             let blocks = Grid::blocks(n * of_row, THREADS);
             gpu.launch(&kernel("cross_entropy_segments", logits.dtype()), blocks, &args![&parts, logits, v, shard, per_shard, of_row]);
@@ -86,22 +93,49 @@ pub fn row_max(logits: View<'_>, shard: usize) -> (Tensor, Parts) {
     (max, Parts(parts))
 }
 
+/// Fills the parts of a row, [segments, 2], and gives its maximum.
+#[inline(always)]
+fn read_row<T: Element>(parts: &mut [f32], logits: &[T], shard: usize) -> f32 {
+    let segments = logits.chunks(shard).flat_map(|shard| shard.chunks(SEGMENT));
+    let mut max = f32::NEG_INFINITY;
+    for (part, segment) in parts.as_chunks_mut::<2>().0.iter_mut().zip(segments) {
+        let here = greatest(segment);
+        // Where all is masked, exponentials are relative to zero: none of them is then a NaN, unless a logit is.
+        let relative = if here == f32::NEG_INFINITY { 0.0 } else { here };
+        *part = [
+            here,
+            sum(
+                segment,
+                #[inline(always)]
+                |logit| exp_of_low(logit - relative),
+            ),
+        ];
+        max = if here > max { here } else { max };
+    }
+    max
+}
+
 /// logits [n, v], max f32 [n], targets u32 [n] -> f32 [n, 2]. `parts` of these logits, by `row_max`.
 pub fn sums(logits: View<'_>, max: View<'_>, parts: &Parts, targets: View<'_>, first: usize, shard: usize) -> Tensor {
     let (n, v) = (logits.shape().rows(), logits.shape().columns());
     assert!(shard > 0 && first.is_multiple_of(shard), "a part of the vocabulary from {first} is cut within a shard of {shard}");
     check_rows(max, n, 1);
     check_targets(targets, n);
+    let Segments { per_shard, of_row } = Segments::new(v, shard);
+    let parts = parts.0.view();
+    assert_eq!(parts.shape().numel(), n * of_row * 2, "parts of the same logits");
     let mut sums = logits.device().empty([n, 2], Dtype::F32);
     match logits.device() {
         Device::Cpu(cpu) => dispatch!(logits.dtype(), T => {
-            let (logits, max, targets) = (logits.slice::<T>(), max.slice::<f32>(), targets.slice::<u32>());
-            over_rows(cpu, n, v * COST, Rows::new(sums.view_mut().into_slice::<f32>(), 2), #[inline(always)] |rows, sums| {
+            let (logits, parts) = (logits.slice::<T>(), parts.slice::<f32>());
+            let (max, targets) = (max.slice::<f32>(), targets.slice::<u32>());
+            over_rows(cpu, n, of_row * COST, Rows::new(sums.view_mut().into_slice::<f32>(), 2), #[inline(always)] |rows, sums| {
                 let mut shards = vec![0f32; v.div_ceil(shard)];
                 for (row, sums) in rows.zip(sums.each()) {
                     let (logits, max) = (&logits[row * v..][..v], max[row]);
-                    for (total, logits) in shards.iter_mut().zip(logits.chunks(shard)) {
-                        *total = sum(logits, #[inline(always)] |logit| exp(logit - max));
+                    let parts = parts[row * of_row * 2..][..of_row * 2].as_chunks::<2>().0;
+                    for (total, parts) in shards.iter_mut().zip(parts.chunks(per_shard)) {
+                        *total = parts.iter().fold(0.0, |total, [here, sum]| total + sum * exp_of_low(here - max));
                     }
                     let target = target_column(targets[row], first, v).map_or(0.0, |column| Element::to_f32(logits[column]) - max);
                     sums.copy_from_slice(&[tree(&mut shards), target]);
@@ -109,9 +143,6 @@ pub fn sums(logits: View<'_>, max: View<'_>, parts: &Parts, targets: View<'_>, f
             });
         }),
         Device::Gpu(gpu) => {
-            let Segments { per_shard, of_row } = Segments::new(v, shard);
-            let parts = parts.0.as_ref().expect("parts of the same device").view();
-            assert_eq!(parts.shape().numel(), n * of_row * 2, "parts of the same logits");
             let arguments = args![sums.view_mut(), parts, logits, max, targets, n, v, first, per_shard, of_row];
             gpu.launch(&kernel("cross_entropy_sums", logits.dtype()), Grid::blocks(n.div_ceil(WARPS), THREADS), &arguments);
         }
@@ -162,13 +193,14 @@ pub fn finish(mut logits: ViewMut<'_>, max: View<'_>, sums: View<'_>, targets: V
         Device::Cpu(cpu) => dispatch!(logits.dtype(), T => {
             let (max, sums, targets) = (max.slice::<f32>(), sums.slice::<f32>(), targets.slice::<u32>());
             over_rows(cpu, n, v * COST, Rows::new(logits.slice_mut::<T>(), v), #[inline(always)] |rows, logits| {
+                let mut blocks = Blocks::new(cpu.isa());
                 for (row, logits) in rows.zip(logits.each()) {
                     if targets[row] == IGNORED {
                         logits.fill(T::default());
                         continue;
                     }
                     let column = target_column(targets[row], first, v);
-                    finish_row(logits, max[row], 1.0 / sums[2 * row], column, scale);
+                    finish_row(&mut blocks, logits, max[row], 1.0 / sums[2 * row], column, scale);
                 }
             });
         }),
@@ -182,11 +214,17 @@ pub fn finish(mut logits: ViewMut<'_>, max: View<'_>, sums: View<'_>, targets: V
 }
 
 #[inline(always)]
-fn finish_row<T: Element>(logits: &mut [T], max: f32, share: f32, target: Option<usize>, scale: f32) {
-    let gradient = target.map(|column| (exp(logits[column].to_f32() - max) * share - 1.0) * scale);
-    for logit in logits.iter_mut() {
-        *logit = T::from_f32((exp(logit.to_f32() - max) * share) * scale);
-    }
+fn finish_row<T: Element>(blocks: &mut Blocks, logits: &mut [T], max: f32, share: f32, target: Option<usize>, scale: f32) {
+    let gradient = target.map(|column| (exp_of_low(logits[column].to_f32() - max) * share - 1.0) * scale);
+    blocks.update(
+        logits,
+        #[inline(always)]
+        |logits| {
+            for logit in logits {
+                *logit = (exp_of_low(*logit - max) * share) * scale;
+            }
+        },
+    );
     if let (Some(column), Some(gradient)) = (target, gradient) {
         logits[column] = T::from_f32(gradient);
     }

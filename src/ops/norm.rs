@@ -14,11 +14,13 @@
 
 use crate::args;
 use crate::device::Device;
+use crate::device::cpu::Isa;
 use crate::device::gpu::driver::{Argument, Grid};
 use crate::device::gpu::{Gpu, kernel};
 use crate::device::tensor::{Tensor, View, ViewMut};
 use crate::dispatch;
 use crate::dtype::{Dtype, Element};
+use crate::ops::blocks::{Blocks, widened};
 use crate::ops::chunks::GpuChunks;
 use crate::ops::elementwise;
 use crate::ops::functions::{sum, sums_of_three};
@@ -27,6 +29,15 @@ use crate::ops::rows::{Rows, over_rows};
 
 /// Where a kernel takes an address: nothing to add.
 const NONE: usize = 0;
+
+/// The most rows that the CPU takes together: first the statistics of all, then what is computed with them. A row's statistics end in a
+/// few slow steps, during which the next row's sums are under way.
+const GROUP: usize = 16;
+
+/// How many rows of c elements a group has, so that it stays in the first-level cache where that is possible.
+fn group(c: usize) -> usize {
+    (4096 / c).clamp(1, GROUP)
+}
 
 /// x [n, c], w [c] -> y [n, c], r f32 [n]
 pub fn rms_forward(x: View<'_>, w: View<'_>, eps: f32) -> (Tensor, Tensor) {
@@ -38,10 +49,16 @@ pub fn rms_forward(x: View<'_>, w: View<'_>, eps: f32) -> (Tensor, Tensor) {
             let (x, w) = (x.slice::<T>(), w.slice::<T>());
             let out = (Rows::new(y.view_mut().into_slice::<T>(), c), Rows::new(r.view_mut().into_slice::<f32>(), 1));
             over_rows(cpu, n, c, out, #[inline(always)] |rows, (y, r)| {
-                for ((row, y), r) in rows.zip(y.each()).zip(r.elements) {
-                    let x = &x[row * c..][..c];
-                    *r = 1.0 / (sum(x, #[inline(always)] |x| x * x) / c as f32 + eps).sqrt();
-                    rms_row(y, x, w, *r);
+                let (mut blocks, mut wide_w) = (Blocks::new(cpu.isa()), Vec::new());
+                let (x, w) = (&x[rows.start * c..rows.end * c], widened(w, &mut wide_w));
+                let (group, y, r) = (group(c), y.elements, r.elements);
+                for ((x, y), r) in x.chunks(group * c).zip(y.chunks_mut(group * c)).zip(r.chunks_mut(group)) {
+                    for (x, r) in x.chunks_exact(c).zip(r.iter_mut()) {
+                        *r = 1.0 / (sum(x, #[inline(always)] |x| x * x) / c as f32 + eps).sqrt();
+                    }
+                    for ((x, y), r) in x.chunks_exact(c).zip(y.chunks_exact_mut(c)).zip(r) {
+                        rms_row(&mut blocks, y, x, w, *r);
+                    }
                 }
             });
         }),
@@ -75,8 +92,10 @@ pub fn rms_again(x: View<'_>, w: View<'_>, r: View<'_>) -> Tensor {
         Device::Cpu(cpu) => dispatch!(x.dtype(), T => {
             let (x, w, r) = (x.slice::<T>(), w.slice::<T>(), r.slice::<f32>());
             over_rows(cpu, n, c, Rows::new(y.view_mut().into_slice::<T>(), c), #[inline(always)] |rows, y| {
+                let (mut blocks, mut wide_w) = (Blocks::new(cpu.isa()), Vec::new());
+                let w = widened(w, &mut wide_w);
                 for (row, y) in rows.zip(y.each()) {
-                    rms_row(y, &x[row * c..][..c], w, r[row]);
+                    rms_row(&mut blocks, y, &x[row * c..][..c], w, r[row]);
                 }
             });
         }),
@@ -87,10 +106,16 @@ pub fn rms_again(x: View<'_>, w: View<'_>, r: View<'_>) -> Tensor {
 }
 
 #[inline(always)]
-fn rms_row<T: Element>(y: &mut [T], x: &[T], w: &[T], r: f32) {
-    for ((y, x), w) in y.iter_mut().zip(x).zip(w) {
-        *y = T::from_f32(w.to_f32() * (x.to_f32() * r));
-    }
+fn rms_row<T: Element>(blocks: &mut Blocks, y: &mut [T], x: &[T], w: &[f32], r: f32) {
+    blocks.fill(
+        y,
+        #[inline(always)]
+        |range, y| {
+            for ((y, x), w) in y.iter_mut().zip(&x[range.clone()]).zip(&w[range]) {
+                *y = w * (x.to_f32() * r);
+            }
+        },
+    );
 }
 
 /// dy [n, c] -> dx [n, c]
@@ -103,10 +128,8 @@ pub fn rms_backward(dy: View<'_>, x: View<'_>, w: View<'_>, r: View<'_>) -> Tens
         Device::Cpu(cpu) => dispatch!(x.dtype(), T => {
             let (dy, x, w, r) = (dy.slice::<T>(), x.slice::<T>(), w.slice::<T>(), r.slice::<f32>());
             over_rows(cpu, n, 2 * c, Rows::new(dx.view_mut().into_slice::<T>(), c), #[inline(always)] |rows, dx| {
-                for (row, dx) in rows.zip(dx.each()) {
-                    let (dy, x, r) = (&dy[row * c..][..c], &x[row * c..][..c], r[row]);
-                    rms_backward_row(dx, dy, x, w, r);
-                }
+                let part = rows.start * c..rows.end * c;
+                backward_rows::<T, false>(cpu.isa(), dx.elements, &dy[part.clone()], &x[part], w, &r[rows]);
             });
         }),
         Device::Gpu(gpu) => launch(gpu, "norm_rms_backward", x, &args![dx.view_mut(), dy, x, w, r, NONE, n, c, team(x)]),
@@ -131,20 +154,47 @@ pub fn rms_backward_add(dy: View<'_>, x: View<'_>, w: View<'_>, r: View<'_>, add
     dx
 }
 
+/// dx from dy, x and statistics of the same rows, for both norms: subtracting a mean and a flat part of zero changes no bit.
 #[inline(always)]
-fn rms_backward_row<T: Element>(dx: &mut [T], dy: &[T], x: &[T], w: &[T], r: f32) {
-    let (along, _) = sums_of_three(
-        dy,
-        x,
-        w,
-        #[inline(always)]
-        |dy, x, w| ((dy * w) * (x * r), 0.0),
-    );
-    let along = along / x.len() as f32;
-    for (((dx, dy), x), w) in dx.iter_mut().zip(dy).zip(x).zip(w) {
-        let (dh, h) = (dy.to_f32() * w.to_f32(), x.to_f32() * r);
-        *dx = T::from_f32(r * (dh - h * along));
+fn backward_rows<T: Element, const LAYER: bool>(isa: Isa, dx: &mut [T], dy: &[T], x: &[T], w: &[T], stats: &[f32]) {
+    let (c, each) = (w.len(), 1 + LAYER as usize);
+    let (mut blocks, mut wide_w) = (Blocks::new(isa), Vec::new());
+    let w = widened(w, &mut wide_w);
+    let mean_and_r = |stats: &[f32]| if LAYER { [stats[0], stats[1]] } else { [0.0, stats[0]] };
+    let (group, mut sums) = (group(c), [[0f32; 2]; GROUP]);
+    let groups = dx.chunks_mut(group * c).zip(dy.chunks(group * c)).zip(x.chunks(group * c)).zip(stats.chunks(group * each));
+    for (((dx, dy), x), stats) in groups {
+        for (((dy, x), stats), sums) in dy.chunks_exact(c).zip(x.chunks_exact(c)).zip(stats.chunks_exact(each)).zip(&mut sums) {
+            let [mean, r] = mean_and_r(stats);
+            let (flat, along) = sums_of_three(
+                dy,
+                x,
+                w,
+                #[inline(always)]
+                |dy, x, w| (if LAYER { dy * w } else { 0.0 }, (dy * w) * ((x - mean) * r)),
+            );
+            *sums = [flat / c as f32, along / c as f32];
+        }
+        let rows = dx.chunks_exact_mut(c).zip(dy.chunks_exact(c)).zip(x.chunks_exact(c)).zip(stats.chunks_exact(each)).zip(&sums);
+        for ((((dx, dy), x), stats), sums) in rows {
+            gradient_row(&mut blocks, dx, dy, x, w, mean_and_r(stats), *sums);
+        }
     }
+}
+
+#[inline(always)]
+fn gradient_row<T: Element>(blocks: &mut Blocks, dx: &mut [T], dy: &[T], x: &[T], w: &[f32], [mean, r]: [f32; 2], [flat, along]: [f32; 2]) {
+    blocks.fill(
+        dx,
+        #[inline(always)]
+        |range, dx| {
+            let (dy, x, w) = (&dy[range.clone()], &x[range.clone()], &w[range]);
+            for (((dx, dy), x), w) in dx.iter_mut().zip(dy).zip(x).zip(w) {
+                let (dh, h) = (dy.to_f32() * w, (x.to_f32() - mean) * r);
+                *dx = r * ((dh - flat) - h * along);
+            }
+        },
+    );
 }
 
 /// dw f32 [chunks, c] += the sum over rows of dy (x r)
@@ -178,12 +228,21 @@ pub fn layer_forward(x: View<'_>, w: View<'_>, b: View<'_>, eps: f32) -> (Tensor
             let (x, w, b) = (x.slice::<T>(), w.slice::<T>(), b.slice::<T>());
             let out = (Rows::new(y.view_mut().into_slice::<T>(), c), Rows::new(stats.view_mut().into_slice::<f32>(), 2));
             over_rows(cpu, n, 2 * c, out, #[inline(always)] |rows, (y, stats)| {
-                for ((row, y), stats) in rows.zip(y.each()).zip(stats.each()) {
-                    let x = &x[row * c..][..c];
-                    let mean = sum(x, #[inline(always)] |x| x) / c as f32;
-                    let variance = sum(x, #[inline(always)] |x| (x - mean) * (x - mean)) / c as f32;
-                    stats.copy_from_slice(&[mean, 1.0 / (variance + eps).sqrt()]);
-                    layer_row(y, x, w, b, stats);
+                let (mut blocks, mut wide_w, mut wide_b) = (Blocks::new(cpu.isa()), Vec::new(), Vec::new());
+                let (w, b) = (widened(w, &mut wide_w), widened(b, &mut wide_b));
+                let (group, x, y) = (group(c), &x[rows.start * c..rows.end * c], y.elements);
+                for ((x, y), stats) in x.chunks(group * c).zip(y.chunks_mut(group * c)).zip(stats.elements.chunks_mut(2 * group)) {
+                    let stats = stats.as_chunks_mut::<2>().0;
+                    for (x, [mean, _]) in x.chunks_exact(c).zip(stats.iter_mut()) {
+                        *mean = sum(x, #[inline(always)] |x| x) / c as f32;
+                    }
+                    for (x, [mean, r]) in x.chunks_exact(c).zip(stats.iter_mut()) {
+                        let variance = sum(x, #[inline(always)] |x| (x - *mean) * (x - *mean)) / c as f32;
+                        *r = 1.0 / (variance + eps).sqrt();
+                    }
+                    for ((x, y), stats) in x.chunks_exact(c).zip(y.chunks_exact_mut(c)).zip(stats) {
+                        layer_row(&mut blocks, y, x, [w, b], stats);
+                    }
                 }
             });
         }),
@@ -219,8 +278,10 @@ pub fn layer_again(x: View<'_>, w: View<'_>, b: View<'_>, stats: View<'_>) -> Te
         Device::Cpu(cpu) => dispatch!(x.dtype(), T => {
             let (x, w, b, stats) = (x.slice::<T>(), w.slice::<T>(), b.slice::<T>(), stats.slice::<f32>());
             over_rows(cpu, n, c, Rows::new(y.view_mut().into_slice::<T>(), c), #[inline(always)] |rows, y| {
+                let (mut blocks, mut wide_w, mut wide_b) = (Blocks::new(cpu.isa()), Vec::new(), Vec::new());
+                let (w, b) = (widened(w, &mut wide_w), widened(b, &mut wide_b));
                 for (row, y) in rows.zip(y.each()) {
-                    layer_row(y, &x[row * c..][..c], w, b, &stats[2 * row..][..2]);
+                    layer_row(&mut blocks, y, &x[row * c..][..c], [w, b], &stats[2 * row..][..2]);
                 }
             });
         }),
@@ -231,11 +292,18 @@ pub fn layer_again(x: View<'_>, w: View<'_>, b: View<'_>, stats: View<'_>) -> Te
 }
 
 #[inline(always)]
-fn layer_row<T: Element>(y: &mut [T], x: &[T], w: &[T], b: &[T], stats: &[f32]) {
+fn layer_row<T: Element>(blocks: &mut Blocks, y: &mut [T], x: &[T], [w, b]: [&[f32]; 2], stats: &[f32]) {
     let (mean, r) = (stats[0], stats[1]);
-    for (((y, x), w), b) in y.iter_mut().zip(x).zip(w).zip(b) {
-        *y = T::from_f32(((x.to_f32() - mean) * r) * w.to_f32() + b.to_f32());
-    }
+    blocks.fill(
+        y,
+        #[inline(always)]
+        |range, y| {
+            let (x, w, b) = (&x[range.clone()], &w[range.clone()], &b[range]);
+            for (((y, x), w), b) in y.iter_mut().zip(x).zip(w).zip(b) {
+                *y = ((x.to_f32() - mean) * r) * w + b;
+            }
+        },
+    );
 }
 
 /// dy [n, c] -> dx [n, c]
@@ -248,11 +316,9 @@ pub fn layer_backward(dy: View<'_>, x: View<'_>, w: View<'_>, stats: View<'_>) -
         Device::Cpu(cpu) => dispatch!(x.dtype(), T => {
             let (dy, x, w, stats) = (dy.slice::<T>(), x.slice::<T>(), w.slice::<T>(), stats.slice::<f32>());
             over_rows(cpu, n, 2 * c, Rows::new(dx.view_mut().into_slice::<T>(), c), #[inline(always)] |rows, dx| {
-                for (row, dx) in rows.zip(dx.each()) {
-                    let (dy, x) = (&dy[row * c..][..c], &x[row * c..][..c]);
-                    let (mean, r) = (stats[2 * row], stats[2 * row + 1]);
-                    layer_backward_row(dx, dy, x, w, mean, r);
-                }
+                let part = rows.start * c..rows.end * c;
+                let stats = &stats[2 * rows.start..2 * rows.end];
+                backward_rows::<T, true>(cpu.isa(), dx.elements, &dy[part.clone()], &x[part], w, stats);
             });
         }),
         Device::Gpu(gpu) => launch(gpu, "norm_layer_backward", x, &args![dx.view_mut(), dy, x, w, stats, NONE, n, c, team(x)]),
@@ -275,22 +341,6 @@ pub fn layer_backward_add(dy: View<'_>, x: View<'_>, w: View<'_>, stats: View<'_
     let mut dx = x.device().empty(x.shape(), x.dtype());
     launch(gpu, "norm_layer_backward", x, &args![dx.view_mut(), dy, x, w, stats, addend, n, c, team(x)]);
     dx
-}
-
-#[inline(always)]
-fn layer_backward_row<T: Element>(dx: &mut [T], dy: &[T], x: &[T], w: &[T], mean: f32, r: f32) {
-    let (flat, along) = sums_of_three(
-        dy,
-        x,
-        w,
-        #[inline(always)]
-        |dy, x, w| (dy * w, (dy * w) * ((x - mean) * r)),
-    );
-    let (flat, along) = (flat / x.len() as f32, along / x.len() as f32);
-    for (((dx, dy), x), w) in dx.iter_mut().zip(dy).zip(x).zip(w) {
-        let (dh, h) = (dy.to_f32() * w.to_f32(), (x.to_f32() - mean) * r);
-        *dx = T::from_f32(r * ((dh - flat) - h * along));
-    }
 }
 
 /// dw f32 [chunks, c] += the sum over rows of dy ((x - mean) r). The bias's gradient is `reduce::sum_rows`.

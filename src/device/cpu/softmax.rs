@@ -11,7 +11,7 @@ use crate::device::cpu::Isa;
 use crate::device::cpu::columns::Columns;
 #[cfg(target_arch = "x86_64")]
 use crate::device::cpu::softmax_avx512;
-use crate::device::cpu::vector::{LANES, add_lanes};
+use crate::device::cpu::vector::{COEFFICIENTS, LANES, add_lanes};
 use crate::dtype::{Dtype, Element};
 use crate::elementary;
 use std::f64::consts::LN_2;
@@ -110,9 +110,6 @@ pub fn shrink(old: f32, new: f32) -> f32 {
 pub const ROUND: f32 = 12_582_912.0;
 /// Below this, 2^x is not a normal number.
 pub const LOWEST: f32 = -126.0;
-/// 2^r for r from -1/2 to 1/2 as a polynomial from r^5 down to r: the least error, 1.1e-7, among those that give 1 for 0.
-/// The last is near ln 2, but not it.
-pub const COEFFICIENTS: [f32; 5] = [0.001_326_472_8, 0.009_671_513, 0.055_507_336, 0.240_222_42, f32::from_bits(0x3f31_7215)];
 
 /// 2^x for an x of 127 at most, or a NaN; numbers below the normal ones are zero.
 #[inline(always)]

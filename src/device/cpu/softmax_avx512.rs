@@ -3,7 +3,8 @@
 //! Invariant: the bits of `softmax::forward_plain` and `softmax::backward_plain`.
 #![allow(unsafe_code)]
 
-use crate::device::cpu::softmax::{COEFFICIENTS, Gradient, LOWEST, ROUND, ROWS, Step, Visible, shrink};
+use crate::device::cpu::softmax::{Gradient, LOWEST, ROUND, ROWS, Step, Visible, shrink};
+use crate::device::cpu::vector::COEFFICIENTS;
 use crate::dtype::Element;
 use half::bf16;
 use std::arch::x86_64::{

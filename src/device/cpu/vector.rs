@@ -4,26 +4,26 @@
 #![allow(unsafe_code)]
 
 use crate::device::cpu::Isa;
-use crate::dtype::Element;
+use crate::dtype::{Dtype, Element};
+use half::bf16;
+#[cfg(target_arch = "x86_64")]
+use std::arch::x86_64::{__m512bh, __m512i, _mm512_cvtne2ps_pbh, _mm512_fpclass_ps_mask, _mm512_loadu_ps, _mm512_storeu_si512};
+use std::f32::consts::{LN_2, LOG2_E};
 
-leveled! {
-    /// out = sums + bias, rounded once.
-    pub fn finish<T: Element>(sums: &[f32], bias: Option<&[T]>, out: &mut [T]) {
-        match bias {
-            Some(bias) => {
-                for ((sum, bias), out) in sums.iter().zip(bias).zip(out) {
-                    *out = T::from_f32(sum + bias.to_f32());
-                }
-            }
-            None => narrow_plain(sums, out),
-        }
+/// out = sums + bias, rounded once.
+pub fn finish<T: Element>(isa: Isa, sums: &[f32], bias: Option<&[T]>, out: &mut [T]) {
+    match bias {
+        Some(bias) => add_bias(isa, sums, bias, out),
+        None => narrow(isa, sums, out),
     }
 }
 
-#[inline(always)]
-fn narrow_plain<T: Element>(from: &[f32], to: &mut [T]) {
-    for (from, to) in from.iter().zip(to) {
-        *to = T::from_f32(*from);
+leveled! {
+    /// out = sums + bias, rounded once.
+    pub fn add_bias<T: Element>(sums: &[f32], bias: &[T], out: &mut [T]) {
+        for ((sum, bias), out) in sums.iter().zip(bias).zip(out) {
+            *out = T::from_f32(sum + bias.to_f32());
+        }
     }
 }
 
@@ -36,58 +36,85 @@ leveled! {
     }
 }
 
+/// The numbers of `from`, rounded to nearest even.
+pub fn narrow<T: Element>(isa: Isa, from: &[f32], to: &mut [T]) {
+    #[cfg(target_arch = "x86_64")]
+    if isa == Isa::Avx512Bf16 && T::DTYPE == Dtype::Bf16 {
+        // SAFETY: `Cpu` holds an `Isa` that this processor has.
+        return unsafe { narrow_bf16(from, bytemuck::cast_slice_mut(to)) };
+    }
+    narrow_at_level(isa, from, to);
+}
+
 leveled! {
-    /// The numbers of `from`, rounded to nearest even.
-    pub fn narrow<T: Element>(from: &[f32], to: &mut [T]) {
-        narrow_plain(from, to);
+    /// `narrow` by plain arithmetic.
+    pub fn narrow_at_level<T: Element>(from: &[f32], to: &mut [T]) {
+        for (from, to) in from.iter().zip(to) {
+            *to = T::from_f32(*from);
+        }
     }
 }
 
-// Adding and subtracting 1.5 * 2^23 rounds to a whole number, which then stands in the low bits.
-const ROUND: f32 = 12_582_912.0;
-/// Below this, e^x is not a normal number; above the other, it is not a number.
-const LOWEST: f32 = -87.336_54;
-const HIGHEST: f32 = 88.722_84;
-
-/// e^x, to about one unit in the last place; numbers below the normal ones are zero.
-#[inline(always)]
-pub fn exp(x: f32) -> f32 {
-    // A NaN fails both comparisons and stays.
-    let bounded = if x < LOWEST { LOWEST } else { x };
-    let bounded = if bounded > HIGHEST { HIGHEST } else { bounded };
-    let (power, shifted) = power_and_exponent(bounded);
-    // 2^whole in two factors, since 2^128 is not a number.
-    let exponent = shifted.to_bits().wrapping_sub(ROUND.to_bits()) as i32;
-    let half = exponent >> 1;
-    let scale = |exponent: i32| f32::from_bits(((exponent + 127) << 23) as u32);
-    let result = power * scale(half) * scale(exponent - half);
-    let result = if x > HIGHEST { f32::INFINITY } else { result };
-    if x < LOWEST { 0.0 } else { result }
+/// `narrow` by the processor's own conversion, which takes a denormal for zero: plain arithmetic does blocks that have one.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")]
+fn narrow_bf16(from: &[f32], to: &mut [bf16]) {
+    const DENORMAL: i32 = 0x20;
+    assert_eq!(from.len(), to.len(), "as many numbers as places for them");
+    let (blocks, rest) = from.as_chunks::<32>();
+    let (places, last) = to.as_chunks_mut::<32>();
+    for (from, to) in blocks.iter().zip(places) {
+        // SAFETY: a block is two vectors.
+        let (low, high) = unsafe { (_mm512_loadu_ps(from.as_ptr()), _mm512_loadu_ps(from.as_ptr().add(16))) };
+        if _mm512_fpclass_ps_mask::<DENORMAL>(low) | _mm512_fpclass_ps_mask::<DENORMAL>(high) != 0 {
+            from.iter().zip(to).for_each(|(from, to)| *to = Element::from_f32(*from));
+            continue;
+        }
+        let rounded = _mm512_cvtne2ps_pbh(high, low);
+        // SAFETY: a block of results is one vector, and any bits are one.
+        unsafe { _mm512_storeu_si512(to.as_mut_ptr().cast(), std::mem::transmute::<__m512bh, __m512i>(rounded)) };
+    }
+    rest.iter().zip(last).for_each(|(from, to)| *to = Element::from_f32(*from));
 }
 
-/// The bits of `exp` for an x of 88 at most, or a NaN, with less work: one factor is enough.
+/// Adding 1.5 * 2^23 rounds to a whole number, which then stands in the low bits: here together with the bias of an exponent.
+const ROUNDER: f32 = 12_582_912.0 + 127.0;
+/// Below this, e^x is not a normal number.
+const LOWEST: f32 = -87.336_54;
+/// 2^r for r from -1/2 to 1/2 as a polynomial from r^5 down to r: the least error, 1.1e-7, among those that give 1 for 0.
+pub const COEFFICIENTS: [f32; 5] = [0.001_326_472_8, 0.009_671_513, 0.055_507_336, 0.240_222_42, LN_2 - 1.8e-7];
+
+/// 2^x for an x from -126 to 127, with a relative error of 2e-7 at most; a NaN stays one. For other x the result means nothing.
+#[inline(always)]
+pub fn exp2_within(x: f32) -> f32 {
+    let shifted = x + ROUNDER;
+    two_to_the(x - (shifted - ROUNDER), shifted)
+}
+
+/// e^x for an x from -87.3 to 88, with a relative error of 2e-7 + 2e-8 |x| at most; a NaN stays one. For other x the result means nothing.
+#[inline(always)]
+pub fn exp_within(x: f32) -> f32 {
+    // The product with log2(e) is not rounded before the whole number is taken from it.
+    let shifted = x.mul_add(LOG2_E, ROUNDER);
+    two_to_the(x.mul_add(LOG2_E, ROUNDER - shifted), shifted)
+}
+
+/// `exp_within` for any x of 88 at most; what would be less than a normal number is zero.
 #[inline(always)]
 pub fn exp_of_low(x: f32) -> f32 {
-    let (power, shifted) = power_and_exponent(x);
-    // The low bits of `shifted` are the exponent, which a shift to the left moves to its place; the bits above fall out.
-    let scale = f32::from_bits((shifted.to_bits() << 23).wrapping_add(127 << 23));
-    // What comes out for lower numbers is not used.
-    if x < LOWEST { 0.0 } else { power * scale }
+    let power = exp_within(x);
+    if x < LOWEST { 0.0 } else { power }
 }
 
-/// e^(x - n ln 2) for the whole number n that is nearest to x / ln 2, and n + ROUND.
+/// 2^(rest + n) for shifted = n + ROUNDER.
 #[inline(always)]
-fn power_and_exponent(x: f32) -> (f32, f32) {
-    let shifted = x.mul_add(std::f32::consts::LOG2_E, ROUND);
-    let whole = shifted - ROUND;
-    // ln 2 in two parts: the first has few enough bits for exact products.
-    let rest = whole.mul_add(-0.693_145_75, x);
-    let rest = whole.mul_add(-1.428_606_8e-6, rest);
-    let mut power = 1.0 / 5040.0;
-    for coefficient in [1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0] {
-        power = rest.mul_add(power, coefficient);
+fn two_to_the(rest: f32, shifted: f32) -> f32 {
+    let mut power = COEFFICIENTS[0];
+    for coefficient in &COEFFICIENTS[1..] {
+        power = rest.mul_add(power, *coefficient);
     }
-    (power, shifted)
+    // A shift to the left moves the biased exponent to its place; the bits above it fall out.
+    rest.mul_add(power, 1.0) * f32::from_bits(shifted.to_bits() << 23)
 }
 
 /// Sums over slices go over this many lanes, which are added in a tree at the end: an order that any vector width can follow.
@@ -136,31 +163,45 @@ mod tests {
     use super::*;
 
     #[test]
-    fn exp_of_low_numbers_is_exp() {
-        let check = |x: f32| {
-            let (ours, right) = (exp_of_low(x), exp(x));
-            assert!(ours.to_bits() == right.to_bits() || ours.is_nan() && right.is_nan(), "exp {x:e}: {ours:e} for {right:e}");
+    fn exponentials_are_close_and_keep_their_limits() {
+        for index in -8_733_000..=8_800_000i32 {
+            let x = index as f32 * 1e-5;
+            let (right, ours) = ((x as f64).exp(), exp_of_low(x));
+            assert_eq!(ours.to_bits(), exp_within(x).to_bits(), "exp {x}");
+            assert!((ours as f64 / right - 1.0).abs() <= 2e-7 + 2e-8 * x.abs() as f64, "exp {x}: {ours} for {right}");
+        }
+        for index in -12_600_000..=12_700_000i32 {
+            let x = index as f32 * 1e-5;
+            let (right, ours) = ((x as f64).exp2(), exp2_within(x));
+            assert!((ours as f64 / right - 1.0).abs() <= 2e-7, "2^{x}: {ours} for {right}");
+        }
+        // Every 41st negative number from -0 to -infinity, and all about the least normal result.
+        let tiny = |x: f32| {
+            let (right, ours) = ((x as f64).exp(), exp_of_low(x));
+            let close = (ours as f64 - right).abs() <= 2e-6 * right;
+            assert!(close || ours == 0.0 && right < 1.000_01 * f32::MIN_POSITIVE as f64, "exp {x:e}: {ours:e} for {right:e}");
         };
-        // Every 41st negative number from -0 to -infinity, all about the least normal result, and positive ones up to 88.
-        (0x8000_0000u32..=0xff80_0000).step_by(41).map(f32::from_bits).for_each(check);
-        (0..1 << 20).map(|i| f32::from_bits(LOWEST.to_bits() - (1 << 19) + i)).for_each(check);
-        (0..=88.0f32.to_bits()).step_by(4001).map(f32::from_bits).for_each(check);
-        [f32::NEG_INFINITY, f32::NAN, -f32::NAN, 88.0, 0.0].into_iter().for_each(check);
+        (0x8000_0000u32..=0xff80_0000).step_by(41).map(f32::from_bits).for_each(tiny);
+        (0..1 << 12).map(|i| f32::from_bits(LOWEST.to_bits() - (1 << 11) + i)).for_each(tiny);
+        assert_eq!([exp_of_low(f32::NEG_INFINITY), exp_of_low(-200.0), exp_of_low(0.0), exp_of_low(-0.0)], [0.0, 0.0, 1.0, 1.0]);
+        for nan in [0x7fc0_0000, 0xffc0_0000, 0x7f80_0001, 0xffff_ffff, 0x7fd5_5555].map(f32::from_bits) {
+            assert!(exp_of_low(nan).is_nan() && exp_within(nan).is_nan() && exp2_within(nan).is_nan(), "{:x}", nan.to_bits());
+        }
     }
 
     #[test]
-    fn exp_is_close_and_keeps_its_limits() {
-        for index in -4_000_000..4_000_000i32 {
-            let x = index as f32 * 2.3e-5;
-            let (right, ours) = ((x as f64).exp(), exp(x) as f64);
-            if (-87.3..88.7).contains(&x) {
-                assert!((ours - right).abs() <= 1.5e-7 * right, "exp {x}: {ours} for {right}");
-            }
+    fn every_level_rounds_alike() {
+        // All upper halves, with lower halves that round down, to even and up; the numbers next to each other are alike, and then are not.
+        let lows = [0u32, 1, 0x7fff, 0x8000, 0x8001, 0xffff];
+        let alike = (0..1 << 16).flat_map(|high: u32| lows.map(|low| f32::from_bits((high << 16) | low)));
+        let mixed = (0..1 << 16).flat_map(|high: u32| lows.map(|low| f32::from_bits((high.wrapping_mul(40_503) << 16) | low)));
+        let numbers: Vec<f32> = alike.chain(mixed).chain([1.0; 21]).collect();
+        let right: Vec<u16> = numbers.iter().map(|x| <bf16 as Element>::from_f32(*x).to_bits()).collect();
+        for isa in [Isa::Portable, Isa::Avx2, Isa::Avx512, Isa::Avx512Bf16].into_iter().filter(|&isa| isa <= Isa::detect()) {
+            let mut rounded = vec![bf16::ZERO; numbers.len()];
+            narrow(isa, &numbers, &mut rounded);
+            let wrong = rounded.iter().zip(&right).position(|(ours, right)| ours.to_bits() != *right);
+            assert_eq!(wrong.map(|i| (numbers[i], rounded[i], right[i])), None, "{isa:?}");
         }
-        assert_eq!(
-            (exp(f32::NEG_INFINITY), exp(-200.0), exp(0.0), exp(90.0), exp(f32::INFINITY)),
-            (0.0, 0.0, 1.0, f32::INFINITY, f32::INFINITY)
-        );
-        assert!(exp(f32::NAN).is_nan());
     }
 }

@@ -1,7 +1,7 @@
 //! Plain Rust loops, compiled with the widest vector instructions that the processor has.
 //!
 //! Invariant: the bits are those of the plain loop. Wider instructions do the same f32 operations on more elements at a time; nothing
-//! is fused or reordered, since Rust does not allow a compiler that.
+//! is fused but `mul_add`, and nothing reordered, since Rust does not allow a compiler that.
 #![allow(unsafe_code)]
 
 use crate::device::cpu::Isa;
@@ -11,11 +11,11 @@ use crate::device::cpu::Isa;
 #[cfg(target_arch = "x86_64")]
 #[inline(always)]
 pub fn widest<R>(isa: Isa, work: impl FnOnce() -> R) -> R {
-    #[target_feature(enable = "avx2")]
+    #[target_feature(enable = "avx2,fma")]
     fn avx2<R>(work: impl FnOnce() -> R) -> R {
         work()
     }
-    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
     fn avx512<R>(work: impl FnOnce() -> R) -> R {
         work()
     }
