@@ -71,12 +71,13 @@ impl Case {
     }
 }
 
-/// A score's rounding, which grows with it, is a weight's relative error.
+/// A score's rounding, which grows with it, is a weight's relative error. Beside sums in f64, the worst gradients of f16 are off by 0.9 % of a
+/// typical one on the CPU and by 1.3 % on a GPU where scores are nine times as large, of either sign: apart by up to their sum.
 fn close(dtype: Dtype, size: f64) -> Close {
     let share = match dtype {
         Dtype::F32 => 1e-6,
         Dtype::Bf16 => 1.6e-2,
-        _ => 2e-3,
+        _ => 2.5e-3,
     };
     Close::Share(share * size * size)
 }
