@@ -10,8 +10,8 @@ A round runs each program once, in a process of its own, one after the other and
 For each model, format and number of threads a line for each program tells tokens per second, as median over the rounds with the least
 and the most, and the ratio of ferrotron's median to its own (above 1: ferrotron is faster). `clock` is what a watch sees, and what
 counts on a quiet machine. `free` is by processor time, which others on the machine disturb less; with one thread it is fair. With
-several it is too low for those who wait in a loop (PyTorch, llm.c) and too high for those who leave threads idle (candle). `memory` is
-the most of a process that was resident, on a GPU the most that was allocated there (ratio below 1: ferrotron takes less).
+several it is too low for those who wait in a loop (PyTorch, llm.c) and too high for those who leave threads idle (candle, burn).
+`memory` is the most of a process that was resident, on a GPU the most that was allocated there (ratio below 1: ferrotron takes less).
 
 candle, burn and llm.c compute in f32 on the CPU only; their files here say what they do in a step, which is somewhat less than
 ferrotron and PyTorch do. The first two are built by cargo, the last by gcc from llm.c's sources in FOLDER.
