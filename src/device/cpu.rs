@@ -4,7 +4,6 @@
 
 #[macro_use]
 mod levels;
-pub mod awake;
 pub mod block;
 pub mod burst;
 pub mod columns;
@@ -24,7 +23,6 @@ pub mod squares;
 pub mod vector;
 pub mod widest;
 
-use crate::device::cpu::awake::Awake;
 use crate::device::cpu::processors::Share;
 use crate::device::memory::Memory;
 use rayon::ThreadPool;
@@ -110,11 +108,6 @@ impl Cpu {
 
     pub fn threads(&self) -> usize {
         self.pool.current_num_threads()
-    }
-
-    /// Threads without work look for it a while longer than usual, until the result is dropped. None with one thread.
-    pub fn awake(&self) -> Option<Awake> {
-        (self.threads() > 1).then(|| Awake::new(&self.pool))
     }
 
     pub fn isa(&self) -> Isa {

@@ -77,8 +77,6 @@ impl Trainer {
     /// Step `step`, counted from 0. `stop`: this rank was asked to stop after it. An error, besides those of other ranks, when too
     /// many steps in a row had to be skipped.
     pub fn step(&mut self, step: u64, batch: &Batch, stop: bool) -> Result<Outcome> {
-        let device = self.stage.device().clone();
-        let _awake = if let Device::Cpu(cpu) = &device { cpu.awake() } else { None };
         let loss_scale = self.loss_scale.scale;
         let valid = self.valid(batch)?;
         self.stage.begin(batch, (loss_scale / valid as f64) as f32);
