@@ -11,7 +11,7 @@ use crate::device::cpu::Isa;
 use crate::device::cpu::columns::Columns;
 #[cfg(target_arch = "x86_64")]
 use crate::device::cpu::softmax_avx512;
-use crate::device::cpu::vector::{COEFFICIENTS, LANES, add_lanes};
+use crate::device::cpu::vector::{LANES, add_lanes, exp2_of_low};
 use crate::dtype::{Dtype, Element};
 use crate::elementary;
 use std::f64::consts::LN_2;
@@ -85,7 +85,7 @@ leveled! {
             let mut added = [0.0; LANES];
             for (block, (scores, weights)) in scores.iter().zip(weights).enumerate() {
                 for lane in 0..LANES {
-                    let weight = if seen(block, lane) { exp2(scores[lane].mul_add(factor, -new)) } else { 0.0 };
+                    let weight = if seen(block, lane) { exp2_of_low(scores[lane].mul_add(factor, -new)) } else { 0.0 };
                     added[lane] += weight;
                     weights[lane] = T::from_f32(weight);
                 }
@@ -103,27 +103,7 @@ leveled! {
 /// What becomes of a sum that was taken with the maximum `old`. Before anything was seen, maxima are -infinity.
 #[inline(always)]
 pub fn shrink(old: f32, new: f32) -> f32 {
-    if old == new { 1.0 } else { exp2(old - new) }
-}
-
-/// Adding and subtracting 1.5 * 2^23 rounds to a whole number, which then stands in the low bits.
-pub const ROUND: f32 = 12_582_912.0;
-/// Below this, 2^x is not a normal number.
-pub const LOWEST: f32 = -126.0;
-
-/// 2^x for an x of 127 at most, or a NaN; numbers below the normal ones are zero.
-#[inline(always)]
-fn exp2(x: f32) -> f32 {
-    let shifted = x + ROUND;
-    let rest = x - (shifted - ROUND);
-    let mut power = COEFFICIENTS[0];
-    for coefficient in &COEFFICIENTS[1..] {
-        power = rest.mul_add(power, *coefficient);
-    }
-    // The low bits of `shifted` are the exponent, which a shift to the left moves to its place; the bits above fall out.
-    let scale = f32::from_bits((shifted.to_bits() << 23).wrapping_add(127 << 23));
-    // What comes out for lower numbers is not used.
-    if x < LOWEST { 0.0 } else { rest.mul_add(power, 1.0) * scale }
+    if old == new { 1.0 } else { exp2_of_low(old - new) }
 }
 
 /// How many elements of a row are computed, where it sees none from `last` on.
@@ -212,7 +192,7 @@ leveled! {
             for (block, ((scores, dweights), (weights, gradients))) in inputs.zip(outputs).enumerate() {
                 for lane in 0..LANES {
                     let seen = (first..last).contains(&((block * LANES + lane) as u32));
-                    let weight = exp2(scores[lane].mul_add(factor, -log_sum));
+                    let weight = exp2_of_low(scores[lane].mul_add(factor, -log_sum));
                     let gradient = weight * (dweights[lane] - dot);
                     let low = T::DTYPE == Dtype::Bf16 && gradient.abs() < f32::MIN_POSITIVE;
                     let gradient = if low { 0f32.copysign(gradient) } else { gradient };
@@ -257,17 +237,6 @@ mod tests {
     use super::*;
     use crate::rng::Stream;
     use half::bf16;
-
-    #[test]
-    fn powers_of_two_are_close_and_keep_their_limits() {
-        for index in -4_000_000..40_000i32 {
-            let x = index as f32 * 3.1e-5;
-            let (right, ours) = ((x as f64).exp2(), exp2(x) as f64);
-            assert!((ours - right).abs() <= 2e-7 * right, "2^{x}: {ours} for {right}");
-        }
-        assert_eq!([f32::NEG_INFINITY, -126.1, -126.0, 0.0, 1.0].map(exp2), [0.0, 0.0, f32::MIN_POSITIVE, 1.0, 2.0]);
-        assert!(exp2(f32::NAN).is_nan());
-    }
 
     /// Ragged rows, some that see nothing, scores that are not numbers, gradients that are not normal.
     fn block() -> (Vec<Visible>, Vec<f32>, Vec<f32>) {

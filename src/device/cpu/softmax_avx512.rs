@@ -3,18 +3,17 @@
 //! Invariant: the bits of `softmax::forward_plain` and `softmax::backward_plain`.
 #![allow(unsafe_code)]
 
-use crate::device::cpu::softmax::{Gradient, LOWEST, ROUND, ROWS, Step, Visible, shrink};
-use crate::device::cpu::vector::COEFFICIENTS;
+use crate::device::cpu::softmax::{Gradient, ROWS, Step, Visible, shrink};
+use crate::device::cpu::vector::{COEFFICIENTS, LOWEST_EXPONENT, ROUNDER};
 use crate::dtype::Element;
 use half::bf16;
 use std::arch::x86_64::{
     __m256bh, __m256i, __m512, __m512bh, __m512i, _CMP_NLT_UQ, _mm_add_ps, _mm_add_ss, _mm_cvtss_f32, _mm_max_ps, _mm_max_ss,
     _mm_movehdup_ps, _mm_movehl_ps, _mm256_add_ps, _mm256_castps256_ps128, _mm256_extractf128_ps, _mm256_max_ps, _mm256_storeu_si256,
-    _mm512_add_epi32, _mm512_add_ps, _mm512_castps_si512, _mm512_castps512_ps256, _mm512_castsi512_ps, _mm512_castsi512_si256,
-    _mm512_cmp_ps_mask, _mm512_cvtne2ps_pbh, _mm512_cvtneps_pbh, _mm512_extractf32x8_ps, _mm512_extracti64x4_epi64, _mm512_fmadd_ps,
-    _mm512_fmsub_ps, _mm512_loadu_ps, _mm512_loadu_si512, _mm512_mask_max_ps, _mm512_maskz_mov_ps, _mm512_maskz_mul_ps, _mm512_max_ps,
-    _mm512_mul_ps, _mm512_permutexvar_epi16, _mm512_set1_epi32, _mm512_set1_ps, _mm512_setzero_ps, _mm512_slli_epi32, _mm512_storeu_ps,
-    _mm512_storeu_si512, _mm512_sub_ps,
+    _mm512_add_ps, _mm512_castps_si512, _mm512_castps512_ps256, _mm512_castsi512_ps, _mm512_castsi512_si256, _mm512_cmp_ps_mask,
+    _mm512_cvtne2ps_pbh, _mm512_cvtneps_pbh, _mm512_extractf32x8_ps, _mm512_extracti64x4_epi64, _mm512_fmadd_ps, _mm512_fmsub_ps,
+    _mm512_loadu_ps, _mm512_loadu_si512, _mm512_mask_max_ps, _mm512_maskz_mov_ps, _mm512_maskz_mul_ps, _mm512_max_ps, _mm512_mul_ps,
+    _mm512_permutexvar_epi16, _mm512_set1_ps, _mm512_setzero_ps, _mm512_slli_epi32, _mm512_storeu_ps, _mm512_storeu_si512, _mm512_sub_ps,
 };
 
 const LANES: usize = 16;
@@ -171,7 +170,7 @@ unsafe fn weigh<T: Rounded>(row: Row, factor: f32, largest: f32, scores: *const 
     }
 }
 
-/// `softmax::exp2`.
+/// `vector::exp2_of_low`.
 ///
 /// # Safety
 /// The processor must have AVX-512, as for all functions here.
@@ -179,7 +178,7 @@ unsafe fn weigh<T: Rounded>(row: Row, factor: f32, largest: f32, scores: *const 
 unsafe fn exp2(x: __m512) -> __m512 {
     // SAFETY: what the caller vouches for.
     unsafe {
-        let round = _mm512_set1_ps(ROUND);
+        let round = _mm512_set1_ps(ROUNDER);
         let shifted = _mm512_add_ps(x, round);
         let rest = _mm512_sub_ps(x, _mm512_sub_ps(shifted, round));
         let mut power = _mm512_set1_ps(COEFFICIENTS[0]);
@@ -187,8 +186,8 @@ unsafe fn exp2(x: __m512) -> __m512 {
             power = _mm512_fmadd_ps(rest, power, _mm512_set1_ps(*coefficient));
         }
         power = _mm512_fmadd_ps(rest, power, _mm512_set1_ps(1.0));
-        let scale = _mm512_add_epi32(_mm512_slli_epi32::<23>(_mm512_castps_si512(shifted)), _mm512_set1_epi32(127 << 23));
-        let normal = _mm512_cmp_ps_mask::<_CMP_NLT_UQ>(x, _mm512_set1_ps(LOWEST));
+        let scale = _mm512_slli_epi32::<23>(_mm512_castps_si512(shifted));
+        let normal = _mm512_cmp_ps_mask::<_CMP_NLT_UQ>(x, _mm512_set1_ps(LOWEST_EXPONENT));
         _mm512_maskz_mul_ps(normal, power, _mm512_castsi512_ps(scale))
     }
 }

@@ -78,9 +78,11 @@ fn narrow_bf16(from: &[f32], to: &mut [bf16]) {
 }
 
 /// Adding 1.5 * 2^23 rounds to a whole number, which then stands in the low bits: here together with the bias of an exponent.
-const ROUNDER: f32 = 12_582_912.0 + 127.0;
+pub const ROUNDER: f32 = 12_582_912.0 + 127.0;
 /// Below this, e^x is not a normal number.
 const LOWEST: f32 = -87.336_54;
+/// Below this, 2^x is not a normal number.
+pub const LOWEST_EXPONENT: f32 = -126.0;
 /// 2^r for r from -1/2 to 1/2 as a polynomial from r^5 down to r: the least error, 1.1e-7, among those that give 1 for 0.
 pub const COEFFICIENTS: [f32; 5] = [0.001_326_472_8, 0.009_671_513, 0.055_507_336, 0.240_222_42, LN_2 - 1.8e-7];
 
@@ -89,6 +91,13 @@ pub const COEFFICIENTS: [f32; 5] = [0.001_326_472_8, 0.009_671_513, 0.055_507_33
 pub fn exp2_within(x: f32) -> f32 {
     let shifted = x + ROUNDER;
     two_to_the(x - (shifted - ROUNDER), shifted)
+}
+
+/// `exp2_within` for any x of 127 at most; what would be less than a normal number is zero.
+#[inline(always)]
+pub fn exp2_of_low(x: f32) -> f32 {
+    let power = exp2_within(x);
+    if x < LOWEST_EXPONENT { 0.0 } else { power }
 }
 
 /// e^x for an x from -87.3 to 88, with a relative error of 2e-7 + 2e-8 |x| at most; a NaN stays one. For other x the result means nothing.
@@ -172,7 +181,8 @@ mod tests {
         }
         for index in -12_600_000..=12_700_000i32 {
             let x = index as f32 * 1e-5;
-            let (right, ours) = ((x as f64).exp2(), exp2_within(x));
+            let (right, ours) = ((x as f64).exp2(), exp2_of_low(x));
+            assert_eq!(ours.to_bits(), exp2_within(x).to_bits(), "2^{x}");
             assert!((ours as f64 / right - 1.0).abs() <= 2e-7, "2^{x}: {ours} for {right}");
         }
         // Every 41st negative number from -0 to -infinity, and all about the least normal result.
@@ -184,8 +194,9 @@ mod tests {
         (0x8000_0000u32..=0xff80_0000).step_by(41).map(f32::from_bits).for_each(tiny);
         (0..1 << 12).map(|i| f32::from_bits(LOWEST.to_bits() - (1 << 11) + i)).for_each(tiny);
         assert_eq!([exp_of_low(f32::NEG_INFINITY), exp_of_low(-200.0), exp_of_low(0.0), exp_of_low(-0.0)], [0.0, 0.0, 1.0, 1.0]);
+        assert_eq!([f32::NEG_INFINITY, -126.1, -126.0, 0.0, 1.0].map(exp2_of_low), [0.0, 0.0, f32::MIN_POSITIVE, 1.0, 2.0]);
         for nan in [0x7fc0_0000, 0xffc0_0000, 0x7f80_0001, 0xffff_ffff, 0x7fd5_5555].map(f32::from_bits) {
-            assert!(exp_of_low(nan).is_nan() && exp_within(nan).is_nan() && exp2_within(nan).is_nan(), "{:x}", nan.to_bits());
+            assert!(exp_of_low(nan).is_nan() && exp_within(nan).is_nan() && exp2_of_low(nan).is_nan(), "{:x}", nan.to_bits());
         }
     }
 
