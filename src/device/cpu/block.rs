@@ -135,7 +135,7 @@ impl Blocks {
                     let height = self.rows.min(m - row).min(group + ROWS - row);
                     let (a, a_unit) = rows.at(row, first, height);
                     let c = sums.wrapping_add(row * stride + panel.start * lanes);
-                    let tile = Tile { units, a, a_row: rows.row, a_unit, b, c, c_row: stride, sums: how, lowest };
+                    let tile = Tile { units, a, a_row: rows.row, a_unit, b, c, c_row: stride, sums: how, rounded: None, lowest };
                     // SAFETY: A, B and C have all rows, columns and units of this tile (checked above and by `left`), and `micro` fits
                     // this processor.
                     unsafe { self.micro.run(height, panel.len(), &tile) };

@@ -7,7 +7,7 @@
 //! `accumulate` adds one chain for each segment to C, in order.
 #![allow(unsafe_code)]
 
-use crate::device::cpu::micro::{COLUMNS, Micro, ROWS, Sums, Tile, Unit};
+use crate::device::cpu::micro::{COLUMNS, Micro, ROWS, Rounded, Sums, Tile, Unit};
 use crate::device::cpu::pack::{ANY, Along, Operand, RowPanels, can_cross, pack, pack_across, pack_rows};
 use crate::device::cpu::pages::Pages;
 use crate::device::cpu::{Cpu, Isa, few, vector};
@@ -311,7 +311,8 @@ impl<T: Element> Product<'_, T> {
         };
         let lowest = a.lowest + packed[packed.len() - NOTE_UNITS];
         let near: *mut f32 = near.as_mut_ptr();
-        let at = Tile { units: 0, a: a.at, a_row: a.row, a_unit: a.unit, b: packed.as_ptr(), c: near, c_row: packed_width, sums, lowest };
+        let (a_at, b) = (a.at, packed.as_ptr());
+        let at = Tile { units: 0, a: a_at, a_row: a.row, a_unit: a.unit, b, c: near, c_row: packed_width, sums, rounded: None, lowest };
         // SAFETY: packed panels and rows of A hold all units of the pass; C is written in the rows and columns of this tile only, which
         // belong to this task, and in whole vectors only where they exist.
         unsafe {
@@ -327,6 +328,13 @@ impl<T: Element> Product<'_, T> {
                 }
                 None => {
                     let Sink::Write { out, waiting, bias } = self.sink else { unreachable!("sums are added in f32") };
+                    if whole && T::DTYPE == Dtype::Bf16 {
+                        let bias = bias.map(|bias| bias[columns.clone()].as_ptr().cast());
+                        let rounded = Some(Rounded { out: out.add(place).cast(), row: self.columns, bias });
+                        // The earlier sums, if any, are read where they wait.
+                        let c = if pass.resume { waiting.add(place) } else { near };
+                        return self.chains(pass, a, vectors, Tile { c, c_row: self.columns, rounded, ..at });
+                    }
                     if pass.resume {
                         copy(waiting.add(place), self.columns, near, packed_width, a.rows.len(), columns.len());
                     }

@@ -4,12 +4,17 @@
 //! (see `micro`).
 #![allow(unsafe_code)]
 
+use crate::dtype::Element;
+use half::bf16;
 #[cfg(target_arch = "x86_64")]
 use std::arch::x86_64::{
-    __m256, __m512, __m512bh, __m512i, _mm256_add_ps, _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_set1_ps, _mm256_setzero_ps,
-    _mm256_storeu_ps, _mm512_add_ps, _mm512_dpbf16_ps, _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_loadu_si512, _mm512_set1_epi32,
-    _mm512_set1_ps, _mm512_setzero_ps, _mm512_storeu_ps,
+    __m256, __m256bh, __m256i, __m512, __m512bh, __m512i, _mm256_add_ps, _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_set1_ps,
+    _mm256_setzero_ps, _mm256_storeu_ps, _mm256_storeu_si256, _mm512_add_ps, _mm512_cvtneps_pbh, _mm512_dpbf16_ps, _mm512_fmadd_ps,
+    _mm512_fpclass_ps_mask, _mm512_loadu_ps, _mm512_loadu_si512, _mm512_set1_epi32, _mm512_set1_ps, _mm512_setzero_ps, _mm512_storeu_ps,
 };
+
+/// The widest lanes.
+const MOST: usize = 16;
 
 /// A vector of sums and the arithmetic on it.
 pub trait Lanes: Copy {
@@ -19,6 +24,29 @@ pub trait Lanes: Copy {
     unsafe fn load(from: *const f32) -> Self;
     unsafe fn store(self, to: *mut f32);
     unsafe fn add(self, other: Self) -> Self;
+    /// The values of `WIDTH` elements.
+    #[inline(always)]
+    unsafe fn widened(from: *const bf16) -> Self {
+        let mut floats = [0f32; MOST];
+        for (lane, float) in floats.iter_mut().enumerate().take(Self::WIDTH) {
+            // SAFETY: the caller vouches for `WIDTH` elements.
+            *float = unsafe { *from.add(lane) }.to_f32();
+        }
+        // SAFETY: there are `WIDTH` of them.
+        unsafe { Self::load(floats.as_ptr()) }
+    }
+    /// The sums, rounded to nearest even.
+    #[inline(always)]
+    unsafe fn round(self, to: *mut bf16) {
+        let mut floats = [0f32; MOST];
+        // SAFETY: there are `WIDTH` of them, and the caller vouches for as many places.
+        unsafe {
+            self.store(floats.as_mut_ptr());
+            for (lane, float) in floats.iter().enumerate().take(Self::WIDTH) {
+                *to.add(lane) = Element::from_f32(*float);
+            }
+        }
+    }
     /// What a chain that goes on from these sums starts with.
     #[inline(always)]
     unsafe fn begin(self) -> Self {
@@ -236,6 +264,22 @@ impl Lanes for Dots {
     unsafe fn add(self, other: Self) -> Self {
         // SAFETY: as for `zero`.
         Dots(unsafe { _mm512_add_ps(self.0, other.0) })
+    }
+    /// By the processor's own conversion, which takes a denormal for zero: plain arithmetic does vectors that have one.
+    #[inline(always)]
+    unsafe fn round(self, to: *mut bf16) {
+        const DENORMAL: i32 = 0x20;
+        // SAFETY: as for `zero`; the caller vouches for sixteen places, and the two types are the same 256 bits.
+        unsafe {
+            if _mm512_fpclass_ps_mask::<DENORMAL>(self.0) != 0 {
+                let mut floats = [0f32; 16];
+                self.store(floats.as_mut_ptr());
+                floats.iter().enumerate().for_each(|(lane, float)| *to.add(lane) = Element::from_f32(*float));
+            } else {
+                let rounded = std::mem::transmute::<__m256bh, __m256i>(_mm512_cvtneps_pbh(self.0));
+                _mm256_storeu_si256(to.cast(), rounded);
+            }
+        }
     }
     #[inline(always)]
     unsafe fn units(from: *const u32) -> __m512i {

@@ -14,6 +14,7 @@ use crate::device::cpu::Isa;
 use crate::device::cpu::lanes::Dots;
 use crate::device::cpu::lanes::{Flushing, Lanes, Plain};
 use crate::dtype::Dtype;
+use half::bf16;
 #[cfg(target_arch = "x86_64")]
 use std::arch::x86_64::{__m256, __m512};
 use std::ops::Range;
@@ -68,8 +69,20 @@ pub struct Tile {
     pub c: *mut f32,
     pub c_row: usize,
     pub sums: Sums,
+    /// Where given, sums end there instead of in `c`.
+    pub rounded: Option<Rounded>,
     /// The sum of the lowest exponents in A and B, see `pack`.
     pub lowest: u32,
+}
+
+/// Where sums go that are done: a bias is added, and they are rounded to bf16.
+#[derive(Clone, Copy)]
+pub struct Rounded {
+    /// Row r begins `r * row` elements further.
+    pub out: *mut bf16,
+    pub row: usize,
+    /// One for each column.
+    pub bias: Option<*const bf16>,
 }
 
 /// How the sums of a tile meet what stands in `c`.
@@ -164,6 +177,9 @@ impl Micro {
                 run(now, vectors, &tile);
                 tile.a = tile.a.wrapping_add(now * tile.a_row);
                 tile.c = tile.c.wrapping_add(now * tile.c_row);
+                if let Some(rounded) = &mut tile.rounded {
+                    rounded.out = rounded.out.wrapping_add(now * rounded.row);
+                }
             }
             left -= now;
         }
@@ -181,8 +197,8 @@ unsafe fn resumes_low(tile: &Tile, rows: usize, columns: usize) -> bool {
     tile.sums == Sums::Resume && (0..rows).any(|index| row(index).iter().any(|&sum| low(sum)))
 }
 
-/// Elements of a cache line.
-const PREFETCH_FLOATS: usize = 16;
+/// A cache line.
+const PREFETCH_BYTES: usize = 64;
 
 /// Asks for the cache line at an address that will be used soon.
 #[inline(always)]
@@ -212,9 +228,20 @@ unsafe fn tile<L: Lanes, const R: usize, const V: usize>(tile: &Tile) {
         }
         // The sums are needed at the end, and may come from far: a short chain ends before those of the rows below would be there.
         let ahead = if tile.sums == Sums::Add { 2 * R } else { R };
-        for row in 0..ahead {
-            for line in (0..V * L::WIDTH).step_by(PREFETCH_FLOATS) {
-                prefetch(tile.c.wrapping_add(row * tile.c_row + line));
+        match &tile.rounded {
+            None => {
+                for row in 0..ahead {
+                    for line in (0..V * L::WIDTH).step_by(PREFETCH_BYTES / size_of::<f32>()) {
+                        prefetch(tile.c.wrapping_add(row * tile.c_row + line));
+                    }
+                }
+            }
+            Some(rounded) => {
+                for row in 0..R {
+                    for line in (0..V * L::WIDTH).step_by(PREFETCH_BYTES / size_of::<bf16>()) {
+                        prefetch(rounded.out.wrapping_add(row * rounded.row + line));
+                    }
+                }
             }
         }
         let (mut a, mut b) = (tile.a, tile.b);
@@ -232,6 +259,9 @@ unsafe fn tile<L: Lanes, const R: usize, const V: usize>(tile: &Tile) {
             a = a.add(tile.a_unit);
             b = b.add(V * L::WIDTH);
         }
+        if let Some(rounded) = &tile.rounded {
+            return round::<L, R, V>(sums, rounded);
+        }
         for (row, sums) in sums.into_iter().enumerate() {
             for (vector, sum) in sums.into_iter().enumerate() {
                 let c = tile.c.add(row * tile.c_row + vector * L::WIDTH);
@@ -240,6 +270,22 @@ unsafe fn tile<L: Lanes, const R: usize, const V: usize>(tile: &Tile) {
                     Sums::Add => L::load(c).add(sum).store(c),
                     Sums::Begin => L::zero().add(sum).store(c),
                 }
+            }
+        }
+    }
+}
+
+/// # Safety
+/// `rounded` must have `R` rows of `V` vectors of `L::WIDTH` elements, and its bias as many.
+#[inline(always)]
+unsafe fn round<L: Lanes, const R: usize, const V: usize>(sums: [[L; V]; R], rounded: &Rounded) {
+    // SAFETY: what the caller vouches for.
+    unsafe {
+        let bias = rounded.bias.map(|bias| std::array::from_fn::<L, V, _>(|vector| L::widened(bias.add(vector * L::WIDTH))));
+        for (row, sums) in sums.into_iter().enumerate() {
+            for (vector, sum) in sums.into_iter().enumerate() {
+                let sum = bias.map_or(sum, |bias| sum.add(bias[vector]));
+                sum.round(rounded.out.add(row * rounded.row + vector * L::WIDTH));
             }
         }
     }
@@ -290,6 +336,6 @@ sizes!(#[target_feature(enable = "avx2,fma")] tile_avx2: __m256, 1 x 1 2 x 1 4 x
 sizes!(#[target_feature(enable = "avx512f")] tile_avx512: __m512, 1 x 1 2 x 1 4 x 1 8 x 1 1 x 2 2 x 2 4 x 2 8 x 2 1 x 3 2 x 3 4 x 3 8 x 3);
 #[cfg(target_arch = "x86_64")]
 sizes!(
-    #[target_feature(enable = "avx512f,avx512bf16")]
+    #[target_feature(enable = "avx512f,avx512dq,avx512vl,avx512bf16")]
     tile_avx512_bf16: Dots, 1 x 1 2 x 1 4 x 1 8 x 1 1 x 2 2 x 2 4 x 2 8 x 2 1 x 3 2 x 3 4 x 3 8 x 3
 );
