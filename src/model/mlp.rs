@@ -71,7 +71,7 @@ impl Mlp {
 
     /// dy [n, c] -> dx [n, c]. `t`: rows of one sequence.
     pub fn backward(&self, w: Weights<'_>, g: &mut Grads<'_>, saved: Saved, dy: Arc<Tensor>, t: usize) -> Result<Tensor> {
-        let Saved { x, stats, normed, wide, hidden } = saved;
+        let Saved { x, stats, normed, mut wide, hidden } = saved;
         let stream_t = self.region.stream_rows(t).len();
         if let Some(bias) = self.down_bias {
             g.add_stream_bias(bias, &dy, stream_t);
@@ -82,15 +82,15 @@ impl Mlp {
         drop(hidden);
         let dhidden = matmul::backward_input(dleft.view(), w.get(self.down));
         drop(dleft);
-        let dwide = match self.activation {
-            Activation::SwiGlu => activation::swiglu_backward(dhidden.view(), wide.view()),
-            Activation::Gelu => activation::gelu_backward(dhidden.view(), wide.view()),
-        };
-        drop((dhidden, wide));
+        match self.activation {
+            Activation::SwiGlu => activation::swiglu_backward(dhidden.view(), wide.view_mut()),
+            Activation::Gelu => activation::gelu_backward(dhidden.view(), wide.view_mut()),
+        }
+        drop(dhidden);
+        let dwide = Arc::new(wide);
         let normed = normed.unwrap_or_else(|| Arc::new(self.norm.again(w, x.view(), stats.view())));
         let entered = self.region.enter(&normed, t)?;
         drop(normed);
-        let dwide = Arc::new(dwide);
         if let Some(bias) = self.wide_bias {
             g.add_biases(&[bias], &dwide, t);
         }

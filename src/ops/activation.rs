@@ -17,7 +17,7 @@ use crate::device::Device;
 use crate::device::cpu::vector::{exp_within, exp2_within};
 use crate::device::gpu::driver::{Argument, Grid};
 use crate::device::gpu::{Gpu, kernel};
-use crate::device::tensor::{Tensor, View};
+use crate::device::tensor::{Tensor, View, ViewMut};
 use crate::dispatch;
 use crate::dtype::Element;
 use crate::ops::blocks::Blocks;
@@ -76,40 +76,39 @@ fn gate_decays<T: Element>(decays: &mut [f32], gate: &[T]) {
     }
 }
 
-/// dh [n, f] -> dgate_up [n, 2 f]
-pub fn swiglu_backward(dh: View<'_>, gate_up: View<'_>) -> Tensor {
-    let (n, f) = halves(gate_up);
+/// dh [n, f]; gate_up [n, 2 f] becomes its own gradient.
+pub fn swiglu_backward(dh: View<'_>, mut gate_up: ViewMut<'_>) {
+    let (n, f) = halves(gate_up.view());
     assert_eq!((dh.shape().rows(), dh.shape().columns()), (n, f), "the gradient of a swiglu of {}", gate_up.shape());
     assert_eq!(dh.dtype(), gate_up.dtype(), "a gradient is like its value");
-    let mut dgate_up = gate_up.device().empty(gate_up.shape(), gate_up.dtype());
-    match gate_up.device() {
-        Device::Cpu(cpu) => dispatch!(gate_up.dtype(), T => {
-            let (dh, gate_up) = (dh.slice::<T>(), gate_up.slice::<T>());
-            over_rows(cpu, n, 2 * f * COST, Rows::new(dgate_up.view_mut().into_slice::<T>(), 2 * f), #[inline(always)] |rows, dgate_up| {
+    match dh.device() {
+        Device::Cpu(cpu) => dispatch!(dh.dtype(), T => {
+            let (dh, gate_up) = (dh.slice::<T>(), gate_up.slice_mut::<T>());
+            over_rows(cpu, n, 2 * f * COST, Rows::new(gate_up, 2 * f), #[inline(always)] |rows, gate_up| {
                 let mut blocks = Blocks::new(cpu.isa());
-                for (row, dgate_up) in rows.zip(dgate_up.each()) {
-                    let (gate, up) = gate_up[row * 2 * f..][..2 * f].split_at(f);
-                    let (dgate, dup) = dgate_up.split_at_mut(f);
-                    swiglu_backward_row(&mut blocks, [dgate, dup], &dh[row * f..][..f], gate, up);
+                for (row, gate_up) in rows.zip(gate_up.each()) {
+                    let (gate, up) = gate_up.split_at_mut(f);
+                    swiglu_backward_row(&mut blocks, &dh[row * f..][..f], gate, up);
                 }
             });
         }),
-        Device::Gpu(gpu) => launch(gpu, "activation_swiglu_backward", gate_up, n * f, &args![dgate_up.view_mut(), dh, gate_up, n, f]),
+        Device::Gpu(gpu) => {
+            let arguments = args![gate_up.again(), dh, gate_up.view(), n, f];
+            launch(gpu, "activation_swiglu_backward", dh, n * f, &arguments);
+        }
         Device::Dry(_) => {}
     }
-    dgate_up
 }
 
 #[inline(always)]
-fn swiglu_backward_row<T: Element>(blocks: &mut Blocks, [dgate, dup]: [&mut [T]; 2], dh: &[T], gate: &[T], up: &[T]) {
-    blocks.fill_two(
-        dgate,
-        dup,
+fn swiglu_backward_row<T: Element>(blocks: &mut Blocks, dh: &[T], gate: &mut [T], up: &mut [T]) {
+    blocks.change_two(
+        gate,
+        up,
         #[inline(always)]
-        |range, dgate, dup| {
-            let (dh, gate, up) = (&dh[range.clone()], &gate[range.clone()], &up[range]);
+        |range, [dgate, dup], [gate, up]| {
             gate_decays(dgate, gate);
-            for ((((dgate, dup), dh), gate), up) in dgate.iter_mut().zip(dup).zip(dh).zip(gate).zip(up) {
+            for ((((dgate, dup), dh), gate), up) in dgate.iter_mut().zip(dup).zip(&dh[range]).zip(gate).zip(up) {
                 let (dh, gate, up) = (dh.to_f32(), gate.to_f32(), up.to_f32());
                 let (s, complement) = sigmoid(*dgate);
                 *dgate = (dh * up) * (s * gate.mul_add(complement, 1.0));
@@ -150,32 +149,30 @@ fn gelu_row<T: Element>(blocks: &mut Blocks, y: &mut [T], x: &[T]) {
     );
 }
 
-/// dy, x -> dx
-pub fn gelu_backward(dy: View<'_>, x: View<'_>) -> Tensor {
+/// dy, of x's shape; x becomes its own gradient.
+pub fn gelu_backward(dy: View<'_>, mut x: ViewMut<'_>) {
     assert_eq!((dy.shape(), dy.dtype()), (x.shape(), x.dtype()), "a gradient is like its value");
-    let mut dx = x.device().empty(x.shape(), x.dtype());
-    match x.device() {
-        Device::Cpu(cpu) => dispatch!(x.dtype(), T => {
-            let (dys, xs) = (dy.slice::<T>(), x.slice::<T>());
-            over_rows(cpu, xs.len(), COST, Rows::new(dx.view_mut().into_slice::<T>(), 1), #[inline(always)] |range, dx| {
-                gelu_backward_row(&mut Blocks::new(cpu.isa()), dx.elements, &dys[range.clone()], &xs[range]);
+    let numel = x.shape().numel();
+    match dy.device() {
+        Device::Cpu(cpu) => dispatch!(dy.dtype(), T => {
+            let (dys, xs) = (dy.slice::<T>(), x.slice_mut::<T>());
+            over_rows(cpu, numel, COST, Rows::new(xs, 1), #[inline(always)] |range, xs| {
+                gelu_backward_row(&mut Blocks::new(cpu.isa()), &dys[range], xs.elements);
             });
         }),
-        Device::Gpu(gpu) => launch(gpu, "activation_gelu_backward", x, x.shape().numel(), &args![dx.view_mut(), dy, x, x.shape().numel()]),
+        Device::Gpu(gpu) => launch(gpu, "activation_gelu_backward", dy, numel, &args![x.again(), dy, x.view(), numel]),
         Device::Dry(_) => {}
     }
-    dx
 }
 
 #[inline(always)]
-fn gelu_backward_row<T: Element>(blocks: &mut Blocks, dx: &mut [T], dy: &[T], x: &[T]) {
-    blocks.fill(
-        dx,
+fn gelu_backward_row<T: Element>(blocks: &mut Blocks, dy: &[T], x: &mut [T]) {
+    blocks.change(
+        x,
         #[inline(always)]
-        |range, dx| {
-            let (dy, x) = (&dy[range.clone()], &x[range]);
+        |range, dx, x| {
             gelu_decays(dx, x);
-            for ((dx, dy), x) in dx.iter_mut().zip(dy).zip(x) {
+            for ((dx, dy), x) in dx.iter_mut().zip(&dy[range]).zip(x) {
                 let (s, complement) = sigmoid(*dx);
                 let x = x.to_f32().clamp(-FAR, FAR);
                 let slope = x * (x * x).mul_add(3.0 * (CUBIC * TWICE_ROOT), TWICE_ROOT);

@@ -41,19 +41,31 @@ impl Blocks {
         }
     }
 
-    /// Fills two rows of one length.
+    /// Fills `row` with what becomes of it: `compute` is told which elements, where to put them, and what stood there.
     #[inline(always)]
-    pub fn fill_two<T: Element>(&mut self, first: &mut [T], second: &mut [T], compute: impl Fn(Range<usize>, &mut [f32], &mut [f32])) {
+    pub fn change<T: Element>(&mut self, row: &mut [T], compute: impl Fn(Range<usize>, &mut [f32], &[T])) {
+        for (block, row) in row.chunks_mut(BLOCK).enumerate() {
+            let range = block * BLOCK..block * BLOCK + row.len();
+            let wide = &mut self.space[0][..row.len()];
+            compute(range, wide, row);
+            narrow(self.isa, wide, row);
+        }
+    }
+
+    /// `change` of two rows of one length.
+    #[inline(always)]
+    pub fn change_two<T: Element>(
+        &mut self,
+        first: &mut [T],
+        second: &mut [T],
+        compute: impl Fn(Range<usize>, [&mut [f32]; 2], [&[T]; 2]),
+    ) {
         assert_eq!(first.len(), second.len(), "two rows of one length");
         for (block, (first, second)) in first.chunks_mut(BLOCK).zip(second.chunks_mut(BLOCK)).enumerate() {
             let range = block * BLOCK..block * BLOCK + first.len();
-            if T::DTYPE == Dtype::F32 {
-                compute(range, bytemuck::cast_slice_mut(first), bytemuck::cast_slice_mut(second));
-                continue;
-            }
             let [wide_first, wide_second] = &mut self.space;
             let (wide_first, wide_second) = (&mut wide_first[..first.len()], &mut wide_second[..second.len()]);
-            compute(range, wide_first, wide_second);
+            compute(range, [&mut *wide_first, &mut *wide_second], [first, second]);
             narrow(self.isa, wide_first, first);
             narrow(self.isa, wide_second, second);
         }
@@ -108,11 +120,17 @@ mod tests {
             blocks.fill(&mut first, |range, out| out.copy_from_slice(&numbers[range]));
             blocks.fill(&mut wide, |range, out| out.copy_from_slice(&numbers[range]));
             assert_eq!((&first, &wide), (&rounded, &numbers), "{length}");
-            blocks.fill_two(&mut first, &mut second, |range, first, second| {
+            blocks.change_two(&mut first, &mut second, |range, [first, second], [was, _]| {
+                assert!(was.iter().zip(&rounded[range.clone()]).all(|(was, number)| was == number), "{range:?}");
                 first.fill(0.0);
                 second.copy_from_slice(&numbers[range]);
             });
             assert!(first.iter().all(|x| *x == bf16::ZERO) && second == rounded, "{length}");
+            blocks.change(&mut first, |range, first, was| {
+                assert!(was.iter().all(|x| *x == bf16::ZERO), "{range:?}");
+                first.copy_from_slice(&numbers[range]);
+            });
+            assert_eq!(first, rounded, "{length}");
             blocks.update(&mut second, |row| row.iter_mut().for_each(|x| *x *= 2.0));
             let mut space = Vec::new();
             assert!(widened(&second, &mut space).iter().zip(&rounded).all(|(x, y)| *x == 2.0 * y.to_f32()), "{length}");
