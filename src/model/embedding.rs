@@ -22,7 +22,7 @@ impl Embedding {
 
     /// `dx`: of all rows.
     pub fn backward(&self, g: &mut Grads<'_>, dx: View<'_>, ids: View<'_>) {
-        embedding::backward(g.get(self.table), dx, ids, self.first);
+        embedding::backward(g.rows(self.table), dx, ids, self.first);
     }
 }
 

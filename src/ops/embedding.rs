@@ -62,13 +62,28 @@ fn looked_up_in_slabs(n: usize, columns: usize, dtype: Dtype) -> (usize, Grid) {
     (slabs, Grid::blocks((n * slabs).div_ceil(WARPS), THREADS))
 }
 
+/// f32 rows that gradients are added to.
+pub struct RowSums<'a> {
+    pub view: ViewMut<'a>,
+    /// Of each row whether nothing was added yet: what stands there counts as zero then, whatever it is. On the CPU alone.
+    pub fresh: Option<&'a mut [u32]>,
+}
+
+impl<'a> From<ViewMut<'a>> for RowSums<'a> {
+    fn from(view: ViewMut<'a>) -> RowSums<'a> {
+        RowSums { view, fresh: None }
+    }
+}
+
 /// dw f32 [v_local, c] += the rows of dy [n, c] at their ids
-pub fn backward(mut dw: ViewMut<'_>, dy: View<'_>, ids: View<'_>, first: usize) {
+pub fn backward<'a>(dw: impl Into<RowSums<'a>>, dy: View<'_>, ids: View<'_>, first: usize) {
+    let RowSums { view: mut dw, fresh } = dw.into();
     let (columns, local) = (dy.shape().columns(), dw.shape().rows());
     assert!(local < u32::MAX as usize - 1, "a table of {local} rows");
     assert_eq!(dw.shape().columns(), columns, "a gradient {} of rows {}", dw.shape(), dy.shape());
     assert_eq!(ids.shape().numel(), dy.shape().rows(), "an id for each row");
     assert_eq!((dw.dtype(), ids.dtype()), (Dtype::F32, Dtype::U32), "gradients rest in f32, ids are u32");
+    assert!(fresh.as_ref().is_none_or(|fresh| fresh.len() == local && !dy.device().is_gpu()), "a number for each row, on the CPU");
     // On a GPU, rows in the order of their ids, and those ids.
     let scratch = || dy.device().gpu_scratch([ids.shape().numel().min(CHUNK)], Dtype::U32);
     let mut sorted = scratch().zip(scratch()).map(<[Tensor; 2]>::from);
@@ -77,11 +92,15 @@ pub fn backward(mut dw: ViewMut<'_>, dy: View<'_>, ids: View<'_>, first: usize) 
             let (ids, dy) = (ids.slice::<u32>(), dy.slice::<T>());
             // Every part looks at all ids and takes those of its own rows: looking is cheap beside adding a row.
             let cost = (ids.len() * columns).div_ceil(local.max(1));
-            over_rows(cpu, local, cost, Rows::new(dw.slice_mut::<f32>(), columns), #[inline(always)] |rows, dw| {
+            let out = (Rows::new(dw.slice_mut::<f32>(), columns), fresh.map(|fresh| Rows::new(fresh, 1)));
+            over_rows(cpu, local, cost, out, #[inline(always)] |rows, (dw, mut fresh)| {
                 for (id, dy) in ids.iter().zip(dy.chunks_exact(columns)) {
-                    if let Some(row) = local_row(*id, first + rows.start, rows.len()) {
-                        accumulate_row(&mut dw.elements[row * columns..][..columns], dy);
+                    let Some(row) = local_row(*id, first + rows.start, rows.len()) else { continue };
+                    let dw = &mut dw.elements[row * columns..][..columns];
+                    if fresh.as_mut().is_some_and(|fresh| std::mem::take(&mut fresh.elements[row]) != 0) {
+                        dw.fill(0.0);
                     }
+                    accumulate_row(dw, dy);
                 }
             });
         }),
@@ -93,6 +112,34 @@ pub fn backward(mut dw: ViewMut<'_>, dy: View<'_>, ids: View<'_>, first: usize) 
             }
         }
         Device::Dry(_) => {}
+    }
+}
+
+/// Rows of f32 whose number is not 0 become zero.
+pub fn clear(mut rows: ViewMut<'_>, fresh: &[u32]) {
+    let columns = rows.shape().columns();
+    if let Device::Cpu(cpu) = rows.device() {
+        over_rows(cpu, fresh.len(), columns, Rows::new(rows.slice_mut::<f32>(), columns), |range, rows| {
+            let fresh = rows.each().zip(&fresh[range]).filter(|(_, fresh)| **fresh != 0);
+            fresh.for_each(|(row, _)| row.fill(0.0));
+        });
+    }
+}
+
+/// sums [n, c] += rows [n, c], both f32, where the number of a row is 0.
+pub fn add_rows(mut sums: ViewMut<'_>, rows: View<'_>, fresh: &[u32]) {
+    let columns = rows.shape().columns();
+    assert_eq!((sums.shape(), sums.dtype(), fresh.len()), (rows.shape(), rows.dtype(), rows.shape().rows()), "rows of one table");
+    if let Device::Cpu(cpu) = rows.device() {
+        let rows = rows.slice::<f32>();
+        // Few rows are added to.
+        over_rows(cpu, fresh.len(), 1, Rows::new(sums.slice_mut::<f32>(), columns), #[inline(always)] |range, sums| {
+            for ((row, sum), fresh) in range.clone().zip(sums.each()).zip(&fresh[range]) {
+                if *fresh == 0 {
+                    accumulate_row(sum, &rows[row * columns..][..columns]);
+                }
+            }
+        });
     }
 }
 

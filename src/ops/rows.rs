@@ -50,6 +50,12 @@ impl<A: Split, B: Split> Split for (A, B) {
     }
 }
 
+impl<A: Split> Split for Option<A> {
+    fn split(self, row: usize) -> (Self, Self) {
+        self.map(|all| all.split(row)).unzip()
+    }
+}
+
 /// Calls `work` on consecutive ranges that tile `0..rows`, each with its share of `out`. `cost`: elements touched for one row.
 /// A closure marked `#[inline(always)]` becomes vector code.
 pub fn over_rows<S: Split>(cpu: &Cpu, rows: usize, cost: usize, out: S, work: impl Fn(Range<usize>, S) + Sync) {

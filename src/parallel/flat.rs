@@ -3,6 +3,7 @@
 //! Invariant: a view made here is exactly the parameter's place in the layout; stacked parameters are neighbours without a gap.
 
 use crate::device::tensor::{Tensor, View, ViewMut};
+use crate::ops::embedding::{self, RowSums};
 use crate::ops::matmul::{self, Sum};
 use crate::ops::reduce;
 use crate::plan::layout::{Place, UnitLayout};
@@ -24,16 +25,22 @@ pub struct Weights<'a> {
 pub struct Grads<'a> {
     flat: ViewMut<'a>,
     layout: &'a UnitLayout,
-    fresh: &'a mut Fresh,
+    fresh: &'a mut [Fresh],
     /// Where given, nothing is added now: the work is noted here.
     deferred: Option<&'a mut Vec<Deferred>>,
     /// Where given, the vectors of the stream are added up here, each virtual shard of the rows apart.
     stream: Option<StreamRows<'a>>,
 }
 
-/// The parameters, by id, whose gradients count as zero although something else stands there. What adds the first term may write
-/// instead: clearing the buffer would write all of it once more.
-pub type Fresh = Vec<bool>;
+/// What of a parameter's gradient counts as zero although something else stands there. What adds the first term may write instead:
+/// clearing the buffer would write all of it once more.
+#[derive(Clone, PartialEq, Debug)]
+pub enum Fresh {
+    Nothing,
+    /// Of a table: the rows whose number is not 0.
+    Rows(Vec<u32>),
+    All,
+}
 
 /// `[chunks, length]` of each vector of the stream, one after the other.
 pub struct StreamRows<'a> {
@@ -63,7 +70,7 @@ impl<'a> Weights<'a> {
 }
 
 impl<'a> Grads<'a> {
-    pub fn new(flat: ViewMut<'a>, layout: &'a UnitLayout, fresh: &'a mut Fresh) -> Grads<'a> {
+    pub fn new(flat: ViewMut<'a>, layout: &'a UnitLayout, fresh: &'a mut [Fresh]) -> Grads<'a> {
         assert_eq!(flat.shape().numel(), layout.numel, "gradients of another layout");
         assert_eq!(fresh.len(), layout.places.len(), "parameters of another layout");
         Grads { flat, layout, fresh, deferred: None, stream: None }
@@ -112,9 +119,9 @@ impl<'a> Grads<'a> {
 
     /// Stacked matrices, for what can begin a sum.
     pub fn matrices(&mut self, ids: &[ParamId]) -> Sum<'_> {
-        let fresh = ids.iter().all(|&id| self.fresh[id]);
+        let fresh = ids.iter().all(|&id| self.fresh[id] == Fresh::All);
         if fresh {
-            ids.iter().for_each(|&id| self.fresh[id] = false);
+            ids.iter().for_each(|&id| self.fresh[id] = Fresh::Nothing);
         } else {
             self.clear(ids);
         }
@@ -122,13 +129,32 @@ impl<'a> Grads<'a> {
         Sum { view: self.flat.again().part(range, shape), fresh }
     }
 
+    /// A table of which few rows get a gradient: on the CPU the others are left alone.
+    pub fn rows(&mut self, id: ParamId) -> RowSums<'_> {
+        if self.flat.device().is_gpu() {
+            return self.get(id).into();
+        }
+        let place = &self.layout.places[id];
+        if self.fresh[id] == Fresh::All {
+            self.fresh[id] = Fresh::Rows(vec![1; place.dims[0]]);
+        }
+        let view = self.flat.again().part(place.flat.clone(), Shape::new(&place.dims));
+        let fresh = match &mut self.fresh[id] {
+            Fresh::Rows(rows) => Some(&mut rows[..]),
+            _ => None,
+        };
+        RowSums { view, fresh }
+    }
+
     /// Gradients that count as zero become zero.
     fn clear(&mut self, ids: &[ParamId]) {
         for &id in ids {
-            if std::mem::take(&mut self.fresh[id]) {
-                let flat = self.layout.places[id].flat.clone();
-                let length = flat.len();
-                self.flat.again().part(flat, [length]).fill_zero();
+            let place = &self.layout.places[id];
+            let all = self.flat.again().part(place.flat.clone(), Shape::new(&place.dims));
+            match std::mem::replace(&mut self.fresh[id], Fresh::Nothing) {
+                Fresh::Nothing => {}
+                Fresh::Rows(rows) => embedding::clear(all, &rows),
+                Fresh::All => all.fill_zero(),
             }
         }
     }

@@ -16,11 +16,12 @@ use crate::comm::{Group, Pending, Reduction};
 use crate::device::Device;
 use crate::device::tensor::{Tensor, View, ViewMut};
 use crate::dtype::Dtype;
-use crate::ops::{elementwise, reduce};
+use crate::ops::{elementwise, embedding, reduce};
 use crate::parallel::copies;
 use crate::parallel::flat::{Fresh, Grads, StreamRows};
 use crate::plan::Order;
 use crate::plan::layout::UnitLayout;
+use crate::shape::Shape;
 use anyhow::Result;
 use std::ops::Range;
 use std::sync::Arc;
@@ -53,7 +54,9 @@ pub struct Gradients {
     /// Of the lane, or micro-batch, that is being added: the flat buffer, and `[chunks, length]` of each vector of the stream.
     sum: Option<Tensor>,
     /// What of `sum` counts as zero.
-    fresh: Fresh,
+    fresh: Vec<Fresh>,
+    /// What counts as zero stays so up to the total: it goes into a sum that knows of it (`add_to`).
+    sparse: bool,
     stream: Option<Tensor>,
     /// Sums of subtrees of this rank's lanes, with their height.
     lanes: Vec<(usize, Tensor)>,
@@ -73,6 +76,11 @@ enum Reducing {
 }
 
 impl Rules {
+    /// Whether this rank adds up all there is, in one sum.
+    fn alone(&self) -> bool {
+        self.order == Order::Lanes && self.lanes == 1 && self.shard.size() == 1 && self.replica.size() == 1
+    }
+
     /// Whether something follows the end of a reduction over the shard group: a slice stays of a whole buffer, or replicas add up theirs.
     pub fn goes_on(&self) -> bool {
         self.shard.size() > 1 && ((self.sliced && !self.keep) || self.replica.size() > 1)
@@ -80,14 +88,16 @@ impl Rules {
 }
 
 impl Gradients {
-    pub fn new(device: &Device, rules: &Rules, layout: &UnitLayout, mine: Range<usize>) -> Gradients {
+    /// `tied`: in the end these are added to those of another unit on this rank.
+    pub fn new(device: &Device, rules: &Rules, layout: &UnitLayout, mine: Range<usize>, tied: bool) -> Gradients {
         let sum = rules.keep.then(|| cleared(device, layout));
         Gradients {
             device: device.clone(),
             numel: layout.numel,
             mine,
             sum,
-            fresh: vec![true; layout.places.len()],
+            fresh: vec![Fresh::All; layout.places.len()],
+            sparse: tied && rules.alone(),
             stream: None,
             lanes: Vec::new(),
             reducing: None,
@@ -121,10 +131,10 @@ impl Gradients {
 
     /// The buffers now hold all of one lane (or, in the order of rows, one micro-batch of it).
     pub fn end_lane(&mut self, rules: &Rules, layout: &UnitLayout) -> Result<()> {
-        if let Some(sum) = &mut self.sum {
+        if let Some(sum) = self.sum.as_mut().filter(|_| !self.sparse) {
             Grads::new(sum.view_mut(), layout, &mut self.fresh).settle();
             // The next lane begins anew.
-            self.fresh.fill(true);
+            self.fresh.fill(Fresh::All);
         }
         if let Some(stream) = self.stream.take() {
             let sum = self.sum.as_mut().expect("the stream is part of a sum");
@@ -181,6 +191,27 @@ impl Gradients {
         let length = self.mine.len();
         let range = self.total_start..self.total_start + length;
         self.total.as_mut().expect("complete").view_mut().part(range, [length])
+    }
+
+    /// Adds the step's gradient of a tied unit, which is used up.
+    pub fn add_tied(&mut self, tied: &mut Gradients, layout: &UnitLayout) {
+        if !self.sparse {
+            return elementwise::add(self.mine_mut(), tied.mine());
+        }
+        // Where this gradient has few rows it is added to the other, which then takes its place.
+        assert_eq!((self.mine.clone(), self.numel), (tied.mine.clone(), tied.numel), "tied units of one layout");
+        let mut sums = tied.mine_mut();
+        for (place, fresh) in layout.places.iter().zip(&self.fresh) {
+            let shape = Shape::new(&place.dims);
+            let (sums, terms) = (sums.again().part(place.flat.clone(), shape), self.mine().part(place.flat.clone(), shape));
+            match fresh {
+                Fresh::Nothing => elementwise::add(sums, terms),
+                Fresh::Rows(rows) => embedding::add_rows(sums, terms, rows),
+                Fresh::All => {}
+            }
+        }
+        std::mem::swap(&mut self.total, &mut tied.total);
+        self.fresh.fill(Fresh::All);
     }
 
     /// Forgets the step.

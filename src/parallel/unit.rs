@@ -72,8 +72,9 @@ pub fn units(device: &Device, rules: &Rules, plan: &Plan, rank: &RankPlan) -> Re
     let optimizer = device.shelf(plan.offload_optimizer.folder(), of_optimizer).context("parallel.offload_optimizer")?;
     let weights = device.shelf(plan.offload_weights.folder(), of_weights).context("parallel.offload_weights")?;
     let mut home = Home { device: device.clone(), optimizer, weights };
-    let units = rank.units.iter().zip(ties);
-    units.map(|((_, layout), tie)| UnitState::new(rules, plan, layout.clone(), tie, &mut home)).collect()
+    let tied = |unit: usize| ties.contains(&Tie::Here(unit));
+    let units = rank.units.iter().zip(&ties).enumerate();
+    units.map(|(unit, ((_, layout), tie))| UnitState::new(rules, plan, layout.clone(), *tie, tied(unit), &mut home)).collect()
 }
 
 /// A copy of `x` on `device`.
@@ -102,8 +103,8 @@ fn tie_of(kind: Kind, here: &[Kind], plan: &Plan) -> Tie {
 }
 
 impl UnitState {
-    /// Everything is zero.
-    fn new(rules: &Rules, plan: &Plan, layout: UnitLayout, tie: Tie, home: &mut Home) -> Result<UnitState> {
+    /// Everything is zero. `tied`: another unit on this rank has the same weights.
+    fn new(rules: &Rules, plan: &Plan, layout: UnitLayout, tie: Tie, tied: bool, home: &mut Home) -> Result<UnitState> {
         let device = &home.device;
         let mine = slice(rules, &layout);
         let length = mine.len();
@@ -116,7 +117,7 @@ impl UnitState {
         let mut zeros = || device.zeros_on(&mut home.optimizer, [length], Dtype::F32);
         let master = (owns && plan.masters).then(&mut zeros).transpose()?;
         let moments = if owns { Some([zeros()?, zeros()?]) } else { None };
-        let gradients = Gradients::new(device, rules, &layout, mine.clone());
+        let gradients = Gradients::new(device, rules, &layout, mine.clone(), tied);
         Ok(UnitState { layout, mine, tie, weights, master, moments, gradients, micros: 0 })
     }
 

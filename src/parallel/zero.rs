@@ -22,7 +22,6 @@ use crate::device::Device;
 use crate::device::memory::Memory;
 use crate::dtype::Dtype;
 use crate::ops::adamw::Adam;
-use crate::ops::elementwise;
 use crate::ops::exact::SquareSum;
 use crate::ops::reduce;
 use crate::parallel::flat::{Grads, Weights};
@@ -174,7 +173,7 @@ impl Zero {
                 Tie::None => {}
                 Tie::Here(owner) => {
                     let [first, second] = self.units.get_disjoint_mut([owner, unit]).expect("a tied unit is not its owner");
-                    elementwise::add(first.gradients.mine_mut(), second.gradients.mine());
+                    first.gradients.add_tied(&mut second.gradients, &first.layout);
                 }
                 Tie::There { .. } => {
                     let gradients = &mut self.units[unit].gradients;
@@ -201,7 +200,7 @@ impl Zero {
 
     /// The public name of the first parameter with a gradient that is not finite, among those this rank owns.
     pub fn first_overflow(&self) -> Option<String> {
-        for u in &self.units {
+        for u in self.units.iter().filter(|u| u.owns()) {
             for place in &u.layout.places {
                 let part = u.mine.start.max(place.flat.start)..u.mine.end.min(place.flat.end);
                 if part.is_empty() {
