@@ -67,8 +67,10 @@ fn columns_of<const N: usize>(isa: Isa, block: &[f32], top: i32, bottom: i32, ta
     // The exponents of the columns' units, from the left.
     let mut units: [i32; N] = std::array::from_fn(|column| top - STRETCH * (column as i32 + 1));
     units[N - 1] = bottom;
-    // A number that has the unit as its last place: adding and subtracting it rounds to whole units.
-    let rounders: [f64; N] = units.map(|unit| 1.5 * power_of_two(52 + unit));
+    // A number that has the unit as its last place: adding and subtracting it rounds to whole units. The first column's stays added, so
+    // that its sum rounds by itself: all its terms are positive, and 2^8 of them are less than the number.
+    let mut rounders: [f64; N] = units.map(|unit| 1.5 * power_of_two(52 + unit));
+    rounders[0] = power_of_two(52 + units[0]);
     let sums = widest(
         isa,
         #[inline(always)]
@@ -88,6 +90,7 @@ fn columns_of<const N: usize>(isa: Isa, block: &[f32], top: i32, bottom: i32, ta
 #[inline(always)]
 fn sums<const N: usize>(block: &[f32], rounders: &[f64; N]) -> [[f64; LANES]; N] {
     let mut sums = [[0f64; LANES]; N];
+    sums[0] = [rounders[0]; LANES];
     let (chunks, rest) = block.as_chunks::<LANES>();
     for values in chunks {
         // The next block comes while this one is computed.
@@ -97,6 +100,7 @@ fn sums<const N: usize>(block: &[f32], rounders: &[f64; N]) -> [[f64; LANES]; N]
     let mut last = [0f32; LANES];
     last[..rest.len()].copy_from_slice(rest);
     add_squares(&last, rounders, &mut sums);
+    sums[0].iter_mut().for_each(|sum| *sum -= rounders[0]);
     sums
 }
 
@@ -104,8 +108,10 @@ fn sums<const N: usize>(block: &[f32], rounders: &[f64; N]) -> [[f64; LANES]; N]
 fn add_squares<const N: usize>(values: &[f32; LANES], rounders: &[f64; N], sums: &mut [[f64; LANES]; N]) {
     for lane in 0..LANES {
         let x = values[lane] as f64;
-        let mut rest = x * x;
-        for column in 0..N - 1 {
+        let sum = x.mul_add(x, sums[0][lane]);
+        let mut rest = x.mul_add(x, sums[0][lane] - sum);
+        sums[0][lane] = sum;
+        for column in 1..N - 1 {
             let kept = (rest + rounders[column]) - rounders[column];
             sums[column][lane] += kept;
             rest -= kept;
