@@ -149,19 +149,22 @@ pub unsafe fn across_pairs_avx512<T: Element>(
     to: &mut [u32],
 ) {
     assert!(xs.len().is_multiple_of(8) && ks.len().is_multiple_of(4), "whole panels of {xs:?} and two steps each of {ks:?}");
+    /// The elements `xs` at `k`, in whole vectors and what is left; those of a later k are asked for.
+    #[inline(always)]
+    fn line<'a, T: Element>(operand: &'a Operand<'_, T>, xs: &Range<usize>, k: usize) -> (&'a [[u16; 16]], &'a [u16]) {
+        let line = &operand.bits::<u16>(xs.start, k)[..xs.len()];
+        let ahead = line.as_ptr().wrapping_add(AHEAD * operand.stride);
+        for x in (0..xs.len()).step_by(32) {
+            prefetch(ahead.wrapping_add(x));
+        }
+        line.as_chunks()
+    }
     if xs.is_empty() {
         return;
     }
     for (step, k) in ks.step_by(4).enumerate() {
-        let lines: [&[u16]; 4] = std::array::from_fn(|line| &operand.bits::<u16>(xs.start, k + line)[..xs.len()]);
-        for line in lines {
-            let ahead = line.as_ptr().wrapping_add(AHEAD * operand.stride);
-            for x in (0..xs.len()).step_by(32) {
-                prefetch(ahead.wrapping_add(x));
-            }
-        }
+        let (a, b, c, d) = (line(operand, &xs, k), line(operand, &xs, k + 1), line(operand, &xs, k + 2), line(operand, &xs, k + 3));
         let mut place = (first + 2 * step) * 8;
-        let [a, b, c, d] = lines.map(|line| line.as_chunks::<16>());
         for (((a, b), c), d) in a.0.iter().zip(b.0).zip(c.0).zip(d.0) {
             let (one, two) = (joined(a, b), joined(c, d));
             // The first eight units of both, and the last eight.
