@@ -170,7 +170,8 @@ fn power_of_two(exponent: i32) -> f64 {
     f64::from_bits(((exponent + 1023) as u64) << 52)
 }
 
-/// A sum of per-token losses in integer units of 2^-60, so that it does not depend on any order. What is smaller is cut off.
+/// A sum of per-token losses in integer units of 2^-60, so that it does not depend on any order: not even beyond 2^67, where it wraps around.
+/// What is smaller than a unit is cut off.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct LossSum {
     pub units: i128,
@@ -183,14 +184,14 @@ impl LossSum {
 
     fn add_one(&mut self, loss: f32) {
         if loss.abs() < power_of_two(63) as f32 {
-            self.units += (loss as f64 * power_of_two(60)) as i128;
+            self.units = self.units.wrapping_add((loss as f64 * power_of_two(60)) as i128);
         } else {
             self.nonfinite = true;
         }
     }
 
     pub fn merge(&mut self, other: &LossSum) {
-        self.units += other.units;
+        self.units = self.units.wrapping_add(other.units);
         self.nonfinite |= other.nonfinite;
     }
 
@@ -248,7 +249,8 @@ impl LossTotal {
         if let Some(table) = &self.on_gpu {
             let words = words(table);
             let (limbs, nonfinite) = words.split_at(LossTotal::LIMBS);
-            sum.units += limbs.iter().rev().fold(0i128, |units, &limb| units.wrapping_shl(32).wrapping_add(limb as i64 as i128));
+            let units = limbs.iter().rev().fold(0i128, |units, &limb| units.wrapping_shl(32).wrapping_add(limb as i64 as i128));
+            sum.units = sum.units.wrapping_add(units);
             sum.nonfinite |= nonfinite[0] != 0;
         }
         sum
