@@ -121,11 +121,11 @@ fn numbers(device: &Device, count: usize, end: u32) -> Tensor {
 }
 
 fn activations(device: &Device, dtype: Dtype) {
-    let (gate_up, dh) = (random(device, &[ROWS, 2 * WIDTH], dtype), random(device, &[ROWS, WIDTH], dtype));
+    let (mut gate_up, dh) = (random(device, &[ROWS, 2 * WIDTH], dtype), random(device, &[ROWS, WIDTH], dtype));
     activation::swiglu_forward(gate_up.view());
-    activation::swiglu_backward(dh.view(), gate_up.view());
+    activation::swiglu_backward(dh.view(), gate_up.view_mut());
     activation::gelu_forward(dh.view());
-    activation::gelu_backward(dh.view(), dh.view());
+    activation::gelu_backward(dh.view(), random(device, &[ROWS, WIDTH], dtype).view_mut());
 }
 
 fn updates(device: &Device, dtype: Dtype) {

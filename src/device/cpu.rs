@@ -119,6 +119,11 @@ impl Cpu {
         self.pool.install(work)
     }
 
+    /// Has `work` run by a thread of the pool when one has nothing else to do.
+    pub fn spawn(&self, work: impl FnOnce() + Send + 'static) {
+        self.pool.spawn(work);
+    }
+
     /// Runs `work(0)`, ..., `work(parts - 1)`, each once, spread over the threads. Neighbouring parts tend to share a thread.
     pub fn parallel(&self, parts: usize, work: impl Fn(usize) + Sync) {
         if parts <= 1 || self.threads() == 1 {

@@ -1,5 +1,6 @@
 //! Where numbers live. A closed set: the host's processor, a GPU, and a device that only counts.
 
+pub mod beside;
 pub mod cpu;
 pub mod gpu;
 pub mod mapped;
@@ -9,6 +10,7 @@ pub mod tensor;
 use crate::dtype::Dtype;
 use crate::shape::Shape;
 use anyhow::Result;
+use beside::Beside;
 use cpu::Cpu;
 use cpu::processors::Share;
 use gpu::Gpu;
@@ -126,6 +128,15 @@ impl Device {
             Device::Cpu(cpu) => cpu.install(work),
             Device::Gpu(_) | Device::Dry(_) => work(),
         }
+    }
+
+    /// Does `work` beside what is called otherwise: on the CPU, on a thread of its pool that has nothing else to do. Other devices do
+    /// it at once.
+    pub fn beside<T: Send + 'static>(&self, work: impl FnOnce() -> T + Send + 'static) -> Beside<T> {
+        Beside::new(work, |work| match self {
+            Device::Cpu(cpu) => cpu.spawn(work),
+            Device::Gpu(_) | Device::Dry(_) => work(),
+        })
     }
 
     pub fn memory(&self) -> &Arc<Memory> {

@@ -81,6 +81,11 @@ impl Rules {
         self.order == Order::Lanes && self.lanes == 1 && self.shard.size() == 1 && self.replica.size() == 1
     }
 
+    /// Whether gradients can wait for the next step: their buffers stay anyway, and nobody waits for the weights that come of them.
+    pub fn can_wait(&self) -> bool {
+        self.keep && (!self.sliced || self.shard.size() == 1)
+    }
+
     /// Whether something follows the end of a reduction over the shard group: a slice stays of a whole buffer, or replicas add up theirs.
     pub fn goes_on(&self) -> bool {
         self.shard.size() > 1 && ((self.sliced && !self.keep) || self.replica.size() > 1)
@@ -214,14 +219,27 @@ impl Gradients {
         self.fresh.fill(Fresh::All);
     }
 
+    /// Hands out the step's gradient, and where the slice lies in it: an update reads it, and then gives it back.
+    pub fn take(&mut self) -> (Tensor, Range<usize>) {
+        assert!(self.complete, "a gradient is read before its sum is complete");
+        self.complete = false;
+        let start = std::mem::take(&mut self.total_start);
+        (self.total.take().expect("complete"), start..start + self.mine.len())
+    }
+
+    /// Forgets what was handed out.
+    pub fn give_back(&mut self, rules: &Rules, total: Tensor) {
+        if rules.keep {
+            self.sum = Some(total);
+        }
+    }
+
     /// Forgets the step.
     pub fn clear(&mut self, rules: &Rules) {
         assert!(self.lanes.is_empty() && self.reducing.is_none(), "a step leaves nothing behind");
-        self.complete = false;
-        self.total_start = 0;
-        let total = self.total.take();
-        if rules.keep {
-            self.sum = total;
+        if self.complete {
+            let (total, _) = self.take();
+            self.give_back(rules, total);
         }
     }
 

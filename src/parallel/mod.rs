@@ -7,5 +7,6 @@ pub mod pipeline;
 pub mod state;
 pub mod tensor_parallel;
 pub mod unit;
+pub mod update;
 pub mod weights;
 pub mod zero;

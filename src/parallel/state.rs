@@ -26,7 +26,7 @@ pub struct Held {
 }
 
 impl Zero {
-    /// Waits for gathers under way first.
+    /// Waits for updates and gathers first.
     pub fn held(&mut self) -> Result<Held> {
         self.settle()?;
         let mut held = Held::default();
@@ -45,14 +45,12 @@ impl Zero {
 
     /// Sets the weights, in f32 where the run keeps them so, else rounded to nearest, and gives every rank what it must hold.
     pub fn load_weights(&mut self, source: &mut Source<'_>) -> Result<()> {
+        self.settle()?;
         for (index, u) in self.units.iter_mut().enumerate().filter(|(_, u)| u.owns()) {
             let pieces = u.pieces(false);
             let weights = match &mut u.master {
                 Some(master) => master.view_mut(),
-                None => {
-                    u.weights.settle()?;
-                    u.weights.mine_mut(&u.mine)
-                }
+                None => u.weights.mine_mut(&u.mine),
             };
             // Padding stays what it always is: zero.
             weights.fill_rounded(|values| source(index, &pieces, values))?;
@@ -62,6 +60,7 @@ impl Zero {
 
     /// Sets the first (`which` 0) or second (1) moments.
     pub fn load_moments(&mut self, which: usize, source: &mut Source<'_>) -> Result<()> {
+        self.settle()?;
         for (index, u) in self.units.iter_mut().enumerate().filter(|(_, u)| u.owns()) {
             let pieces = u.pieces(false);
             let moments = u.moments.as_mut().expect("only a tied unit has no moments");

@@ -1,17 +1,17 @@
-//! The state of one unit on one rank: weights, master weights, moments and gradients, and its update.
+//! The state of one unit on one rank: weights, master weights, moments and gradients.
 //!
-//! Invariant: a unit's slice is updated by the one rank of the shard group that owns it, from the same gradient on every layout.
+//! Invariant: what a rank owns of a unit is one slice of its flat buffer, in all of these.
 
-use crate::device::tensor::{Tensor, View};
+use crate::device::tensor::Tensor;
 use crate::device::{Device, Shelf};
 use crate::dtype::Dtype;
-use crate::ops::adamw::{self, Adam, Chance};
 use crate::ops::elementwise;
 use crate::parallel::flat::Weights;
 use crate::parallel::gradients::{Gradients, Rules};
+use crate::parallel::update::Progress;
 use crate::parallel::weights::{Gathered, WeightBuffer};
 use crate::plan::catalog::Kind;
-use crate::plan::layout::{Piece, UnitLayout};
+use crate::plan::layout::UnitLayout;
 use crate::plan::{Plan, RankPlan};
 use anyhow::{Context, Result};
 use std::ops::Range;
@@ -29,6 +29,8 @@ pub struct UnitState {
     pub gradients: Gradients,
     /// Micro-batches of the step that are added.
     pub micros: usize,
+    /// While one is due, or under way, it has the weights, master weights, moments and the gradient.
+    pub update: Progress,
 }
 
 /// A tied head has the embedding's values. Its gradients are its own until they are reduced, then they are added to the embedding's.
@@ -41,14 +43,6 @@ pub enum Tie {
     There {
         owner: bool,
     },
-}
-
-/// A range of a slice, counted from its start.
-struct Part {
-    range: Range<usize>,
-    decays: bool,
-    /// How its weights are rounded, where they have no f32 form besides.
-    chance: Option<Chance>,
 }
 
 /// Where the state of a rank's units lies.
@@ -75,13 +69,6 @@ pub fn units(device: &Device, rules: &Rules, plan: &Plan, rank: &RankPlan) -> Re
     let tied = |unit: usize| ties.contains(&Tie::Here(unit));
     let units = rank.units.iter().zip(&ties).enumerate();
     units.map(|(unit, ((_, layout), tie))| UnitState::new(rules, plan, layout.clone(), *tie, tied(unit), &mut home)).collect()
-}
-
-/// A copy of `x` on `device`.
-fn copied(device: &Device, x: View<'_>) -> Tensor {
-    let mut copy = device.empty(x.shape(), x.dtype());
-    copy.view_mut().copy_from(x);
-    copy
 }
 
 /// The slice of a unit's flat buffer whose state this rank owns.
@@ -118,7 +105,7 @@ impl UnitState {
         let master = (owns && plan.masters).then(&mut zeros).transpose()?;
         let moments = if owns { Some([zeros()?, zeros()?]) } else { None };
         let gradients = Gradients::new(device, rules, &layout, mine.clone(), tied);
-        Ok(UnitState { layout, mine, tie, weights, master, moments, gradients, micros: 0 })
+        Ok(UnitState { layout, mine, tie, weights, master, moments, gradients, micros: 0, update: Progress::Done })
     }
 
     /// Whether the unit has weights and moments of its own on this rank.
@@ -140,49 +127,6 @@ impl UnitState {
         let on_host = |bytes_offloaded: usize| self.gradients.device().is_gpu() && bytes_offloaded > 0;
         let [first, _] = self.moments.as_ref().expect("a unit with weights has moments");
         on_host(first.bytes_offloaded()) != on_host(self.weights.bytes_offloaded())
-    }
-
-    /// The update is computed where the moments are. What lies elsewhere is copied there, and the new weights back. `seed`: of chance.
-    pub fn step(&mut self, adam: &Adam, seed: u64) {
-        let apart = self.is_apart();
-        let parts = self.parts(seed, adam.step);
-        let UnitState { mine, weights, master, moments, gradients, .. } = self;
-        let [first, second] = moments.as_mut().expect("a unit with weights has moments");
-        let home = first.device().clone();
-        let moved = (gradients.device().is_gpu() && first.bytes_offloaded() > 0).then(|| copied(&home, gradients.mine()));
-        let gradient_here = moved.as_ref().map_or_else(|| gradients.mine(), Tensor::view);
-        let mut fresh = apart.then(|| copied(&home, weights.mine(mine)));
-        for Part { range, decays, chance } in parts {
-            let shape = [range.len()];
-            let adam = Adam { decay: if decays { adam.decay } else { 0.0 }, ..*adam };
-            let gradient = gradient_here.part(range.clone(), shape);
-            let (m, v) = (first.view_mut().part(range.clone(), shape), second.view_mut().part(range.clone(), shape));
-            let weights = fresh.as_mut().map_or_else(|| weights.mine_mut(mine), Tensor::view_mut).part(range.clone(), shape);
-            match (chance, &mut *master) {
-                (Some(chance), _) => adamw::step_by_chance(weights, m, v, gradient, &adam, &chance),
-                (None, None) => adamw::step(weights, m, v, gradient, &adam),
-                (None, Some(master)) => adamw::step_and_cast(master.view_mut().part(range, shape), m, v, gradient, weights, &adam),
-            }
-        }
-        if let Some(fresh) = fresh {
-            weights.mine_mut(mine).copy_from(fresh.view());
-        }
-    }
-
-    /// What of the slice is updated alike. Padding is zero, and where chance rounds it is left alone.
-    fn parts(&self, seed: u64, step: u64) -> Vec<Part> {
-        if self.master.is_some() || self.weights.mine(&self.mine).dtype() == Dtype::F32 {
-            let local = |range: Range<usize>| range.start - self.mine.start..range.end - self.mine.start;
-            let ranges = self.layout.decay_ranges(self.mine.clone()).into_iter();
-            return ranges.map(|(range, decays)| Part { range: local(range), decays, chance: None }).collect();
-        }
-        let part = |piece: Piece| {
-            // Entries that share a public tensor decay alike.
-            let place = self.layout.places.iter().find(|place| place.entry.name == piece.name).expect("a piece is of a parameter");
-            let chance = Chance::new(seed, &piece.name, step, piece.places());
-            Part { range: piece.flat, decays: place.entry.decay, chance: Some(chance) }
-        };
-        self.pieces(false).into_iter().map(part).collect()
     }
 
     /// The weights become the master weights, rounded.

@@ -8,7 +8,8 @@
 //! | 3     | while in use  | until reduced          | 1/n             | when asked | before each use |
 //!
 //! Nothing of this stops the computation where it can be helped: gathers after an update are waited for when the next forward pass
-//! reads the weights; stage 3 gathers one unit ahead of the one in use; reductions run under the backward passes of the units below.
+//! reads the weights; stage 3 gathers one unit ahead of the one in use; reductions run under the backward passes of the units below; where
+//! no other rank waits for its weights, a unit is updated while the forward pass is at the unit before it (`update.rs`).
 //!
 //! So the stage is three lifetimes, not four code paths. How gradients are added up is `gradients.rs`. Where the run computes in f32
 //! the master weights *are* the weights.
@@ -27,6 +28,7 @@ use crate::ops::reduce;
 use crate::parallel::flat::{Grads, Weights};
 use crate::parallel::gradients::Rules;
 use crate::parallel::unit::{self, Tie, UnitState};
+use crate::parallel::update::Progress;
 use crate::plan::{Order, Plan, RankPlan};
 use anyhow::Result;
 use std::collections::VecDeque;
@@ -215,20 +217,36 @@ impl Zero {
         None
     }
 
-    /// AdamW on the slice this rank owns; then the gathers of what every rank must hold whole are started. `decay` applies where the catalog
-    /// says so. `seed`: of chance, where weights are rounded by it.
+    /// AdamW on the slice this rank owns; then the gathers of what every rank must hold whole are started. Where nobody waits for them,
+    /// updates run beside the next forward pass, each before its unit is used. `decay` applies where the catalog says so. `seed`: of chance,
+    /// where weights are rounded by it.
     pub fn update(&mut self, adam: Adam, seed: u64) -> Result<()> {
         for u in self.units.iter_mut().filter(|u| u.owns()) {
             u.weights.settle()?;
-            u.step(&adam, seed);
-            u.spread(&self.rules)?;
+            u.plan_update(adam, seed);
+            if !self.rules.can_wait() {
+                u.finish_update(&self.rules);
+                u.spread(&self.rules)?;
+            }
         }
+        self.start_update(0);
         Ok(())
     }
 
-    /// Waits for all gathers that are under way: before weights are read other than by `weights`.
+    /// The first update that is due, from this unit on, runs beside what is computed next.
+    fn start_update(&mut self, first: usize) {
+        if let Some(u) = self.units[first..].iter_mut().find(|u| matches!(u.update, Progress::Due(_))) {
+            u.start_update(&self.device);
+        }
+    }
+
+    /// Waits for all updates and gathers that are due or under way: before weights are read other than by `weights`.
     pub fn settle(&mut self) -> Result<()> {
-        self.units.iter_mut().try_for_each(|u| u.weights.settle())
+        for u in &mut self.units {
+            u.finish_update(&self.rules);
+            u.weights.settle()?;
+        }
+        Ok(())
     }
 
     /// Bytes of whole weights that stage 3 holds for a while.
@@ -268,6 +286,8 @@ impl Zero {
         if self.uses.front() == Some(&unit) {
             self.uses.pop_front();
         }
+        self.units[unit].finish_update(&self.rules);
+        self.start_update(unit + 1);
         self.start_gather(unit)?;
         self.units[unit].weights.settle()?;
         match self.uses.front() {
