@@ -8,8 +8,10 @@ mod support;
 
 use ferrotron::device::Device;
 use ferrotron::device::tensor::Tensor;
+use ferrotron::dtype::Dtype;
+use ferrotron::ops::embedding::RowSums;
 use ferrotron::ops::rope::Scaling;
-use ferrotron::ops::{activation, cross_entropy, embedding, norm, reduce, rope};
+use ferrotron::ops::{activation, cross_entropy, elementwise, embedding, norm, reduce, rope};
 use support::{FLOATS, assert_rounded_once, random, random_ids, values};
 
 /// d (dy . f(x)) / dx, by central differences. In f64 they are good to about 1e-9.
@@ -118,6 +120,32 @@ fn rotary_positions() {
         let truth = slope(&values(x.view()), &values(dy.view()), |x| plain::rope(x, width, heads, &angles, head_dim, &places));
         rope::backward(dy.view_mut(), heads, head_dim, table.view(), positions.view());
         assert_rounded_once("rope", dy.view(), &truth);
+    }
+}
+
+/// Rows that count as zero, whatever stands there, get the bits that rows of zeros get, however often is added; the others are left alone.
+#[test]
+fn fresh_rows_of_an_embedding() {
+    for threads in [1, 3] {
+        let device = Device::cpu(threads);
+        let (n, c, local) = (4000, 37, 700);
+        let (mut expected, mut ours, mut fresh) =
+            (device.zeros([local, c], Dtype::F32), device.empty([local, c], Dtype::F32), vec![1; local]);
+        ours.view_mut().into_slice::<f32>().fill(f32::NAN);
+        for name in ["first", "second"] {
+            let (ids, dy) = (random_ids(&device, name, n, local as u32 / 2), random(&device, name, [n, c], Dtype::Bf16, 1.0));
+            embedding::backward(expected.view_mut(), dy.view(), ids.view(), 0);
+            embedding::backward(RowSums { view: ours.view_mut(), fresh: Some(&mut fresh) }, dy.view(), ids.view(), 0);
+        }
+        let touched = expected.to_vec::<f32>().chunks(c).map(|row| row.iter().any(|x| *x != 0.0)).collect::<Vec<_>>();
+        assert!(touched.contains(&true) && touched.contains(&false));
+        assert!(touched.iter().zip(&fresh).all(|(touched, fresh)| *touched == (*fresh == 0)));
+        let [mut sums, mut plain] = [(); 2].map(|()| random(&device, "sums", [local, c], Dtype::F32, 1.0));
+        embedding::add_rows(sums.view_mut(), ours.view(), &fresh);
+        elementwise::add(plain.view_mut(), expected.view());
+        assert_eq!(sums.to_vec::<f32>(), plain.to_vec::<f32>());
+        embedding::clear(ours.view_mut(), &fresh);
+        assert_eq!(ours.to_vec::<f32>(), expected.to_vec::<f32>());
     }
 }
 

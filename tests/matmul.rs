@@ -303,10 +303,16 @@ fn tiny_and_huge_bf16_have_the_bits_of_the_definition() {
         let [n, o, i] = [16, 64, 40];
         let x: Vec<bf16> = (0..(n * i) as u64).map(number).collect();
         let w: Vec<bf16> = (0..(o * i) as u64).map(|index| number(index + (1 << 32))).collect();
+        // With sums that became zero, a denormal bias is what is left to round.
+        let bias: Vec<bf16> = (0..o as u64).map(|index| number(index + (2 << 32))).collect();
         let plain = plain_forward(&x, &w, None, [n, o, i], i);
+        let biased = plain_forward(&x, &w, Some(&bias), [n, o, i], i);
         for (name, device) in devices() {
-            let y = matmul::forward(Tensor::from_slice(&device, [n, i], &x).view(), Tensor::from_slice(&device, [o, i], &w).view(), i);
+            let (x, w) = (Tensor::from_slice(&device, [n, i], &x), Tensor::from_slice(&device, [o, i], &w));
+            let y = matmul::forward(x.view(), w.view(), i);
             assert_same(&y.to_vec::<bf16>(), &plain, &format!("{name}, exponents below {largest_exponent}"));
+            let y = matmul::forward_bias(x.view(), w.view(), Tensor::from_slice(&device, [o], &bias).view(), i);
+            assert_same(&y.to_vec::<bf16>(), &biased, &format!("{name}, exponents below {largest_exponent}, with bias"));
         }
     }
 }

@@ -133,13 +133,20 @@ pub fn add_rows(mut sums: ViewMut<'_>, rows: View<'_>, fresh: &[u32]) {
     if let Device::Cpu(cpu) = rows.device() {
         let rows = rows.slice::<f32>();
         // Few rows are added to.
-        over_rows(cpu, fresh.len(), 1, Rows::new(sums.slice_mut::<f32>(), columns), #[inline(always)] |range, sums| {
-            for ((row, sum), fresh) in range.clone().zip(sums.each()).zip(&fresh[range]) {
-                if *fresh == 0 {
-                    accumulate_row(sum, &rows[row * columns..][..columns]);
+        over_rows(
+            cpu,
+            fresh.len(),
+            1,
+            Rows::new(sums.slice_mut::<f32>(), columns),
+            #[inline(always)]
+            |range, sums| {
+                for ((row, sum), fresh) in range.clone().zip(sums.each()).zip(&fresh[range]) {
+                    if *fresh == 0 {
+                        accumulate_row(sum, &rows[row * columns..][..columns]);
+                    }
                 }
-            }
-        });
+            },
+        );
     }
 }
 

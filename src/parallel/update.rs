@@ -19,8 +19,8 @@ use std::ops::Range;
 /// How far the update of a unit is.
 pub enum Progress {
     Done,
-    Due(Update),
-    UnderWay(Beside<Update>),
+    Due(Box<Update>),
+    UnderWay(Beside<Box<Update>>),
 }
 
 /// An update, and all that it reads and writes.
@@ -52,7 +52,7 @@ impl UnitState {
         assert!(matches!(self.update, Progress::Done), "one update at a time");
         let (parts, apart) = (self.parts(seed, adam.step), self.is_apart());
         let (gradient, place) = self.gradients.take();
-        self.update = Progress::Due(Update {
+        self.update = Progress::Due(Box::new(Update {
             adam,
             parts,
             mine: self.mine.clone(),
@@ -62,7 +62,7 @@ impl UnitState {
             moments: self.moments.take().expect("a unit with weights has moments"),
             gradient,
             place,
-        });
+        }));
     }
 
     /// Begins an update that is due, beside what is computed otherwise.
@@ -86,7 +86,7 @@ impl UnitState {
             }
             Progress::UnderWay(update) => update.wait(),
         };
-        let Update { weights, master, moments, gradient, .. } = update;
+        let Update { weights, master, moments, gradient, .. } = *update;
         (self.weights, self.master, self.moments) = (weights, master, Some(moments));
         self.gradients.give_back(rules, gradient);
     }

@@ -73,8 +73,6 @@ fn awkward_numbers() {
         let column = |device: &Device, which: usize| {
             of(device, &[count], dtype, &pairs.iter().skip(which).step_by(2).copied().collect::<Vec<f32>>())
         };
-        same(&format!("gelu {dtype}"), Close::Bits, |device| {
-            gelu(column(device, 0), &column(device, 1))
-        });
+        same(&format!("gelu {dtype}"), Close::Bits, |device| gelu(column(device, 0), &column(device, 1)));
     }
 }
