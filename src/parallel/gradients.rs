@@ -55,7 +55,7 @@ pub struct Gradients {
     sum: Option<Tensor>,
     /// What of `sum` counts as zero.
     fresh: Vec<Fresh>,
-    /// What counts as zero stays so up to the total: it goes into a sum that knows of it (`add_to`).
+    /// What counts as zero stays so up to the total: it goes into a sum that knows of it (`add_tied`).
     sparse: bool,
     stream: Option<Tensor>,
     /// Sums of subtrees of this rank's lanes, with their height.
