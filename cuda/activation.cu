@@ -42,7 +42,7 @@ DEVICE GateAndUp swiglu_gradient(float dh, float gate, float up) {
   return {(dh * up) * (s.value * fmaf(gate, s.complement, 1.0f)), dh * (gate * s.value)};
 }
 
-// dgate_up [n, 2 f]. 5 elements moved for each of dh.
+// dgate_up [n, 2 f], which may be gate_up itself. 5 elements moved for each of dh.
 template <typename T> DEVICE void swiglu_backward(T* dgate_up, const T* dh, const T* gate_up, size_t n, size_t f) {
   constexpr int COUNT = Pack<T>::COUNT;
   if (f % COUNT == 0 && is_aligned(dgate_up) && is_aligned(dh) && is_aligned(gate_up)) {
@@ -119,7 +119,7 @@ template <typename T> DEVICE void gelu_forward(T* y, const T* x, size_t n) {
   });
 }
 
-// 3 elements moved for each of dx.
+// dx may be x itself. 3 elements moved for each of dx.
 template <typename T> DEVICE void gelu_backward(T* dx, const T* dy, const T* x, size_t n) {
   over_packs<T>(n, is_aligned(dx) && is_aligned(dy) && is_aligned(x), [&](size_t start, bool whole) {
     auto gradient = [](T dy, T x) { return from_float<T>(gelu_gradient(to_float(dy), to_float(x))); };
